@@ -1,0 +1,1 @@
+"""Group-relative policy optimisation (GRPO) for reasoning models, in JAX."""

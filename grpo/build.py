@@ -1,0 +1,171 @@
+"""From a configuration to the parts of a run; nothing is computed here, but everything is checked."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from grpo.config import Config, check_all_read, track_reads, validate
+from grpo.data.prompts import usable_indices
+from grpo.data.sources import ProblemSource, Slice
+from grpo.data.tokenizer import Tokenizer
+from grpo.engine.engine import Engine
+from grpo.held_out import Evaluator
+from grpo.loss import grpo_loss
+from grpo.model.params import Params
+from grpo.policy import Policy, make_policy
+from grpo.schedule import Schedule, make_schedule
+from grpo.scoring import Scorer
+from grpo.sharding import batch_ways
+from grpo.stages.sft import SftStage
+from grpo.structs import Batch, TrainState
+from grpo.update import (
+    Update,
+    abstract_state,
+    decayed_params,
+    init_state,
+    learning_rate,
+    make_logprobs,
+    make_optimizer,
+    make_update,
+)
+from rewards.api import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything a run is made of.
+
+    Attributes:
+      problems: those of data.train whose prompts fit.
+      state_like: shapes and shardings of the state, to restore a checkpoint into.
+      new_state: initial parameters -> state at step 0.
+      update: (state, batch) -> (state, metrics).
+      logprobs: (params, batch [M, R, ...]) -> log-probs [M, R, C], jitted.
+    """
+
+    config: Config
+    workdir: Path
+    policy: Policy
+    schedule: Schedule
+    problems: ProblemSource
+    engine: Engine
+    scorer: Scorer
+    evaluator: Evaluator | None
+    sft: SftStage | None
+    state_like: TrainState
+    new_state: Callable[[Params], TrainState]
+    update: Update
+    logprobs: Callable[[Params, Batch], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subset:
+    """The problems of `source` at `indices`."""
+
+    source: ProblemSource
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int, /) -> Problem:
+        return self.source[self.indices[i]]
+
+
+def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> Run:
+    """All parts of a run, the mesh and the reward workers entered into `stack`.
+
+    Raises:
+      ValueError, TypeError: the configuration cannot work; nothing has been compiled yet.
+    """
+    validate(config)
+    track_reads(config)
+    policy = make_policy(config)
+    stack.enter_context(jax.set_mesh(policy.mesh))
+    schedule = make_schedule(config, batch_ways(policy.mesh))
+    optim = config.optim
+    rate = learning_rate(optim, optim.learning_rate, optim.warmup_updates, schedule.updates)
+    print(schedule.describe(rate), flush=True)
+
+    algo = config.algo
+    objective = partial(
+        grpo_loss,
+        clip_low=algo.clip_low,
+        clip_high=algo.clip_high,
+        kl_coef=algo.kl_coef,
+        on_policy=algo.minibatches == 1,
+    )
+    optimizer = make_optimizer(optim, rate, decayed_params(policy))
+    max_prompt = config.data.max_prompt_tokens
+    assert config.data.train is not None  # validate() saw to it
+    problems = _usable(policy.tokenizer, config.data.train, max_prompt, "train")
+    if len(problems) < algo.problems_per_step:
+        raise ValueError(
+            f"algo.problems_per_step is {algo.problems_per_step}, but data.train has only "
+            f"{len(problems)} usable problems"
+        )
+    sample = config.sample
+    engine = Engine(
+        policy.arch,
+        policy.tokenizer,
+        policy.mesh,
+        max_prompt=max_prompt,
+        max_new=sample.max_new_tokens,
+        slots=sample.slots,
+        tokens_per_dispatch=sample.tokens_per_dispatch,
+        dtype=config.model.compute_dtype,
+        stop_strings=sample.stop_strings,
+    )
+    scorer = stack.enter_context(Scorer(config.reward))
+    sft = None
+    if config.sft.num_steps:
+        source = config.sft.source or config.data.train
+        sft = SftStage(config, policy, source, workdir / "sft")
+    run = Run(
+        config=config,
+        workdir=workdir,
+        policy=policy,
+        schedule=schedule,
+        problems=problems,
+        engine=engine,
+        scorer=scorer,
+        evaluator=_evaluator(config, policy, engine, scorer) if config.eval.every else None,
+        sft=sft,
+        state_like=abstract_state(policy, optimizer),
+        new_state=partial(init_state, policy, optimizer=optimizer),
+        update=make_update(policy, objective, optimizer, rate),
+        logprobs=make_logprobs(policy),
+    )
+    _read_what_the_loop_reads(config)
+    check_all_read(config, baseline)
+    return run
+
+
+def _read_what_the_loop_reads(config: Config) -> None:
+    """Touches the fields that the loop itself looks at, always, while it runs."""
+    _ = config.log.save_every, config.log.keep_checkpoints, config.log.rollouts_every
+    _ = config.sample.max_gap_nats, config.optim.max_bad_updates
+    if config.reward.gold_check:
+        _ = config.reward.gold_format
+
+
+def _evaluator(config: Config, policy: Policy, engine: Engine, scorer: Scorer) -> Evaluator:
+    assert config.data.held_out is not None  # validate() saw to it
+    first = Slice(source=config.data.held_out, start=0, stop=config.eval.num_problems)
+    source = _usable(policy.tokenizer, first, engine.max_prompt, "held-out")
+    return Evaluator(engine, scorer, source, config.eval, config.sample.temperature, config.seed)
+
+
+def _usable(
+    tokenizer: Tokenizer, source: ProblemSource, max_prompt: int, name: str
+) -> ProblemSource:
+    indices, dropped = usable_indices(
+        tokenizer, source, max_prompt, lambda n, of: print(f"reading {name} problems {n}/{of}")
+    )
+    note = f"; {dropped} dropped, their prompts exceed {max_prompt} tokens" if dropped else ""
+    print(f"{name} problems: {len(indices)}{note}", flush=True)
+    return _Subset(source, indices)

@@ -1,0 +1,370 @@
+"""The configuration of a run: typed sections, every field documented where it is declared.
+
+An experiment is a Python file whose `get_config()` returns a `Config`. Fields may be changed from
+the command line (`--config.algo.group_size=16`) or from Python. A name that does not exist or a
+value of the wrong type is an error at once; numbers that do not fit together are an error in
+`validate`; a field that was set but that the run never reads is an error in `check_all_read`.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from grpo.data.sources import ProblemSource
+from grpo.model.arch import REMAT_CHOICES
+from rewards.api import Reward
+
+
+def doc(default: Any, text: str) -> Any:
+    """A field with its default and its documentation; lists and sections are made afresh."""
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata={"doc": text})
+    return dataclasses.field(default=default, metadata={"doc": text})
+
+
+class Section:
+    """Base of every section: knows its fields, and which of them were read."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        fields = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        if name not in fields:
+            raise AttributeError(_unknown_field(type(self).__name__, name, fields))
+        object.__setattr__(self, name, value)
+
+    def __getattribute__(self, name: str) -> Any:
+        state = object.__getattribute__(self, "__dict__")
+        if "_read" in state and name in state:
+            state["_read"].add(name)
+        return object.__getattribute__(self, name)
+
+
+def _unknown_field(section: str, name: str, fields: list[str]) -> str:
+    close = difflib.get_close_matches(name, fields, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{section} has no field {name!r}; it has {sorted(fields)}.{hint}"
+
+
+@dataclasses.dataclass
+class ModelConfig(Section):
+    """Where the policy comes from and how it is computed."""
+
+    source: str = doc(
+        "",
+        "weights: a Hugging Face folder, a .gguf file, or a name `python -m grpo.fetch` knows; "
+        "empty makes a new model from `vocab` and the sizes below",
+    )
+    width: int = doc(256, "new model: width of the residual stream")
+    mlp_width: int = doc(1024, "new model: width of the MLP")
+    num_layers: int = doc(4, "new model: layers")
+    num_heads: int = doc(4, "new model: query heads, each width / num_heads wide")
+    num_kv_heads: int = doc(4, "new model: key/value heads")
+    compute_dtype: str = doc(
+        "bfloat16", "what blocks compute in, sampler and trainer alike; parameters stay float32"
+    )
+    remat: str = doc("attn", f"activations recomputed in the backward pass: {REMAT_CHOICES}")
+    logprob_chunk: int = doc(256, "completion tokens whose logits exist at one time, per row")
+
+
+@dataclasses.dataclass
+class DataConfig(Section):
+    """The problems."""
+
+    train: ProblemSource | None = doc(None, "problems to learn from")
+    held_out: ProblemSource | None = doc(None, "problems to measure on, never trained on")
+    max_prompt_tokens: int = doc(
+        256, "longer prompts are dropped when the run starts, counted and reported"
+    )
+
+
+@dataclasses.dataclass
+class SampleConfig(Section):
+    """How completions are sampled."""
+
+    temperature: float = doc(1.0, "divides the logits, in sampling and in the loss alike")
+    max_new_tokens: int = doc(512, "a completion is cut off here and its finish says `length`")
+    slots: int = doc(64, "completions decoded side by side; refilled as they end")
+    tokens_per_dispatch: int = doc(16, "tokens decoded before the host looks again")
+    stop_strings: tuple[str, ...] = doc((), "texts that end a completion, beside its stop tokens")
+    max_gap_nats: float = doc(
+        0.1, "stop the run when sampler and trainer disagree by more, on average, on a token"
+    )
+
+
+@dataclasses.dataclass
+class RewardConfig(Section):
+    """How completions are scored."""
+
+    functions: tuple[tuple[float, Reward], ...] = doc(
+        (),
+        "(weight, function) pairs, added up. The first is the verifier: its score of 1 is what "
+        "`solved` and the evaluation count",
+    )
+    workers: int = doc(2, "processes that run the rewards")
+    deadline_s: float = doc(2.0, "a reward that takes longer is killed and scores 0 (`timeout`)")
+    gold_format: str = doc(
+        "{gold}", "a right completion, with {gold} for the answer; checked before the run starts"
+    )
+    gold_check: int = doc(
+        32, "problems whose gold answer must score right, and others' wrong; 0 skips the check"
+    )
+    max_failure_rate: float = doc(0.1, "stop the run when verifiers fail on more of a step's rows")
+    max_timeout_rate: float = doc(0.5, "stop the run when more of a step's rows time out")
+
+
+@dataclasses.dataclass
+class AlgoConfig(Section):
+    """Group-relative policy optimisation."""
+
+    problems_per_step: int = doc(32, "P: problems asked each step")
+    group_size: int = doc(8, "G: completions a problem, compared with one another")
+    minibatches: int = doc(1, "optimiser updates a rollout; 1 is exactly on-policy")
+    microbatch_rows: int = doc(
+        0, "rows on the devices at one time while gradients add up; 0 takes a whole minibatch"
+    )
+    scale_by_std: bool = doc(True, "divide advantages by the group's deviation (Dr. GRPO: False)")
+    clip_low: float = doc(0.2, "how far the ratio may fall below 1")
+    clip_high: float = doc(0.28, "how far the ratio may rise above 1")
+    kl_coef: float = doc(0.0, "weight of the k3 KL to the initial policy; 0 keeps no reference")
+
+
+@dataclasses.dataclass
+class OptimConfig(Section):
+    """AdamW."""
+
+    learning_rate: float = doc(1e-6, "peak")
+    warmup_updates: int = doc(0, "optimiser updates of linear warm-up")
+    decay: str = doc("constant", "after warm-up: `constant`, `linear` or `cosine`, to `end_share`")
+    end_share: float = doc(0.0, "share of the peak reached with the last update")
+    beta1: float = doc(0.9, "decay of the mean")
+    beta2: float = doc(0.95, "decay of the variance")
+    eps: float = doc(1e-8, "added to the root of the variance")
+    weight_decay: float = doc(0.0, "decoupled; not applied to norm scales")
+    clip_norm: float = doc(1.0, "longest gradient, by global norm")
+    max_bad_updates: int = doc(
+        3, "stop after this many updates in a row were skipped for a number that is not finite"
+    )
+
+
+@dataclasses.dataclass
+class SftConfig(Section):
+    """Cold start: supervised fine-tuning on worked completions before reinforcement learning."""
+
+    num_steps: int = doc(0, "supervised updates; 0 leaves the stage out")
+    source: ProblemSource | None = doc(
+        None, "problems whose meta['worked'] is a whole completion; None takes data.train"
+    )
+    rows_per_step: int = doc(64, "worked problems an update")
+    microbatch_rows: int = doc(0, "rows on the devices at one time; 0 takes all")
+    learning_rate: float = doc(1e-3, "peak; the rest is as in `optim`")
+    warmup_updates: int = doc(10, "updates of linear warm-up")
+
+
+@dataclasses.dataclass
+class EvalConfig(Section):
+    """Measuring on held-out problems."""
+
+    every: int = doc(
+        0, "steps between evaluations, also before the first and after the last; 0: never"
+    )
+    num_problems: int = doc(64, "held-out problems, the first so many")
+    num_samples: int = doc(4, "completions a problem, at the run's temperature")
+    answer_of: Callable[[str], str | None] | None = doc(
+        None, "text -> final answer, for the majority vote; None leaves maj@k out"
+    )
+
+
+@dataclasses.dataclass
+class LogConfig(Section):
+    """What is written, how often."""
+
+    save_every: int = doc(50, "steps between checkpoints")
+    keep_checkpoints: int = doc(2, "older ones are deleted")
+    rollouts_every: int = doc(1, "steps between stored rollouts (rollouts.jsonl); 0: never")
+
+
+@dataclasses.dataclass
+class MeshConfig(Section):
+    """Devices; sizes multiply to the number of devices, one may be -1 and takes the rest."""
+
+    data: int = doc(1, "copies of the model")
+    fsdp: int = doc(-1, "ways parameters are split, gathered layer by layer")
+    tensor: int = doc(1, "ways each matrix product is split")
+
+
+@dataclasses.dataclass
+class Config(Section):
+    """A whole run."""
+
+    seed: int = doc(0, "everything random in the run follows from it")
+    num_steps: int = doc(100, "rollouts")
+    model: ModelConfig = doc(ModelConfig, "the policy")
+    data: DataConfig = doc(DataConfig, "the problems")
+    sample: SampleConfig = doc(SampleConfig, "sampling")
+    reward: RewardConfig = doc(RewardConfig, "scoring")
+    algo: AlgoConfig = doc(AlgoConfig, "the algorithm")
+    optim: OptimConfig = doc(OptimConfig, "the optimiser")
+    sft: SftConfig = doc(SftConfig, "the cold start")
+    eval: EvalConfig = doc(EvalConfig, "the evaluation")
+    log: LogConfig = doc(LogConfig, "logs and checkpoints")
+    mesh: MeshConfig = doc(MeshConfig, "the devices")
+
+
+# ---- checks ----------------------------------------------------------------------------------
+
+
+def sections(config: Any, path: str = "config") -> Iterator[tuple[str, Section]]:
+    """(path, section) of every section, outermost first."""
+    yield path, config
+    for field in dataclasses.fields(config):
+        value = config.__dict__[field.name]
+        if isinstance(value, Section):
+            yield from sections(value, f"{path}.{field.name}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, choice) for choice in typing.get_args(hint))
+    if origin is tuple:
+        inner = typing.get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        if inner[-1] is Ellipsis:
+            return all(_fits(v, inner[0]) for v in value)
+        return len(value) == len(inner) and all(map(_fits, value, inner))
+    if origin is not None:  # Callable[...]
+        return callable(value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is ProblemSource:
+        return hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    return isinstance(value, hint)
+
+
+def check_types(config: Config) -> None:
+    """Raises TypeError for the first field whose value is not of its declared type."""
+    for path, section in sections(config):
+        hints = typing.get_type_hints(type(section))
+        for field in dataclasses.fields(section):  # type: ignore[arg-type]
+            value = section.__dict__[field.name]
+            if not _fits(value, hints[field.name]):
+                raise TypeError(
+                    f"{path}.{field.name} is {value!r}, a {type(value).__name__}; "
+                    f"it must be {hints[field.name]} ({field.metadata['doc']})"
+                )
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def validate(config: Config) -> None:
+    """Raises ValueError for numbers that cannot work, or cannot work together."""
+    check_types(config)
+    algo, sample, reward, optim = config.algo, config.sample, config.reward, config.optim
+    _need(config.num_steps >= 0, f"num_steps is {config.num_steps}; it cannot be negative")
+    for path, value in (
+        ("algo.problems_per_step", algo.problems_per_step),
+        ("algo.minibatches", algo.minibatches),
+        ("sample.max_new_tokens", sample.max_new_tokens),
+        ("sample.slots", sample.slots),
+        ("sample.tokens_per_dispatch", sample.tokens_per_dispatch),
+        ("data.max_prompt_tokens", config.data.max_prompt_tokens),
+        ("reward.workers", reward.workers),
+        ("reward.deadline_s", reward.deadline_s),
+        ("model.logprob_chunk", config.model.logprob_chunk),
+        ("log.save_every", config.log.save_every),
+        ("log.keep_checkpoints", config.log.keep_checkpoints),
+    ):
+        _need(value > 0, f"{path} is {value}; it must be positive")
+    _need(algo.group_size >= 2, f"algo.group_size is {algo.group_size}; a group needs at least 2")
+    _need(
+        sample.temperature > 0,
+        f"sample.temperature is {sample.temperature}; training needs a positive one (0, the "
+        "likeliest token, gives every completion of a group the same text)",
+    )
+    rows = algo.problems_per_step * algo.group_size
+    product = f"problems_per_step ({algo.problems_per_step}) x group_size ({algo.group_size})"
+    _need(
+        rows % algo.minibatches == 0,
+        f"{product} = {rows} rows cannot be split into {algo.minibatches} equal minibatches",
+    )
+    per_update = rows // algo.minibatches
+    _need(
+        algo.microbatch_rows == 0 or per_update % algo.microbatch_rows == 0,
+        f"{product} / minibatches ({algo.minibatches}) = {per_update} rows an update cannot be "
+        f"split into microbatches of {algo.microbatch_rows}",
+    )
+    _need(bool(reward.functions), "reward.functions is empty: there is nothing to learn from")
+    _need(config.data.train is not None, "data.train is not set: there is nothing to ask")
+    choices = ("constant", "linear", "cosine")
+    _need(optim.decay in choices, f"optim.decay is {optim.decay!r}; choose from {choices}")
+    _need(
+        config.model.remat in REMAT_CHOICES,
+        f"model.remat is {config.model.remat!r}; choose from {REMAT_CHOICES}",
+    )
+    dtypes = ("float32", "bfloat16")
+    _need(
+        config.model.compute_dtype in dtypes,
+        f"model.compute_dtype is {config.model.compute_dtype!r}; choose from {dtypes}",
+    )
+    _need(0 <= algo.clip_low <= 1, f"algo.clip_low is {algo.clip_low}; it must be in [0, 1]")
+    _need(algo.clip_high >= 0, f"algo.clip_high is {algo.clip_high}; it cannot be negative")
+    _need("{gold}" in reward.gold_format, "reward.gold_format must contain {gold}")
+    if config.eval.every:
+        _need(config.data.held_out is not None, "eval.every is set, but data.held_out is not")
+    if config.sft.num_steps:
+        sft = config.sft
+        _need(
+            sft.microbatch_rows == 0 or sft.rows_per_step % sft.microbatch_rows == 0,
+            f"sft.rows_per_step ({sft.rows_per_step}) cannot be split into microbatches of "
+            f"{sft.microbatch_rows}",
+        )
+
+
+def track_reads(config: Config) -> None:
+    """From here on, every section remembers which of its fields were read."""
+    for _, section in sections(config):
+        object.__setattr__(section, "_read", set())
+
+
+def check_all_read(config: Config, baseline: Config) -> None:
+    """Raises ValueError if a field that differs from `baseline` was not read so far.
+
+    Called when everything is built and nothing has run: whatever a run uses, it has read by then.
+    """
+    base = dict(sections(baseline))
+    idle = []
+    for path, section in list(sections(config)):
+        for field in dataclasses.fields(section):  # type: ignore[arg-type]
+            value, plain = section.__dict__[field.name], base[path].__dict__[field.name]
+            read = field.name in section.__dict__["_read"]
+            if not read and not isinstance(value, Section) and value != plain:
+                idle.append(f"{path}.{field.name}={value!r} ({field.metadata['doc']})")
+    if idle:
+        raise ValueError(
+            "these fields are set but this run does not use them; leave them at their defaults or "
+            "switch on what reads them:\n  " + "\n  ".join(idle)
+        )
+
+
+def describe(value: Any) -> Any:
+    """Plain JSON-able data of a config, for the workdir; functions by their full names."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        state = value.__dict__ if isinstance(value, Section) else vars(value)
+        fields = {f.name: describe(state[f.name]) for f in dataclasses.fields(value)}
+        return fields if isinstance(value, Section) else {"class": type(value).__name__, **fields}
+    if isinstance(value, tuple | list):
+        return [describe(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): describe(v) for k, v in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    name = getattr(value, "__qualname__", None)
+    return f"{getattr(value, '__module__', '?')}.{name}" if name else repr(value)

@@ -1,0 +1,1 @@
+"""The rollout engine: slots with refill over a KV cache, and sampling."""

@@ -1,0 +1,1 @@
+"""The decoder: its shape, its parameters, its two forms, and how weights come in."""

@@ -1,0 +1,193 @@
+"""The decoder, in two forms over one set of weights and one set of block functions.
+
+Train form: layers stacked and scanned, whole sequences, rematerialised. Decode form: a list of
+layers, unrolled, one token at a time over a key/value cache (scanning layers over a cache copies
+the whole cache every token). What a block computes is written once, in `block`; the two forms
+differ only in the `attend` they hand to it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from grpo.model.arch import Arch
+from grpo.model.params import Params
+from grpo.sharding import DECODE_RULES, shard
+
+REMAT_POLICIES: dict[str, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attn": jax.checkpoint_policies.save_only_these_names("attn_out"),
+}
+
+KV = tuple[jax.Array, jax.Array]  # keys and values, each [B, S, K, H]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale, the statistics in float32."""
+    x32_BTD = x_BTD.astype(jnp.float32)
+    mean_square_BT1 = jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True)
+    return (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)).astype(x_BTD.dtype) * scale_D
+
+
+def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotates pairs (h, h + H/2) by position * theta**(-2h/H) (arXiv:2104.09864, Llama's pairing)."""
+    half = x_BTNH.shape[-1] // 2
+    frequency_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BT1h = positions_BT[..., None, None].astype(jnp.float32) * frequency_h
+    sin, cos = jnp.sin(angle_BT1h).astype(x_BTNH.dtype), jnp.cos(angle_BT1h).astype(x_BTNH.dtype)
+    left, right = x_BTNH[..., :half], x_BTNH[..., half:]
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
+    """Softmax attention, N query heads over K key/value heads; softmax in float32."""
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation="xla"
+    )
+
+
+def block(
+    weights: Params, x_BTD: jax.Array, positions_BT: jax.Array, arch: Arch, attend: Attend
+) -> tuple[jax.Array, Any]:
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `attend(q, k, v)` gets this layer's projections, rotated, and returns the mixed values and
+    whatever the caller wants to keep (the updated cache).
+    """
+    w = jax.tree.map(lambda a: a.astype(x_BTD.dtype), weights)
+    h_BTD = rms_norm(x_BTD, w["attn_norm"], arch.norm_eps)
+    q_BTNH = rotary(jnp.einsum("btd,dnh->btnh", h_BTD, w["q"]), positions_BT, arch.rope_theta)
+    k_BTKH = rotary(jnp.einsum("btd,dkh->btkh", h_BTD, w["k"]), positions_BT, arch.rope_theta)
+    v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, w["v"])
+    mixed_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
+    x_BTD = x_BTD + jnp.einsum("btnh,nhd->btd", mixed_BTNH, w["o"])
+    h_BTD = rms_norm(x_BTD, w["mlp_norm"], arch.norm_eps)
+    gate_BTF = jax.nn.silu(jnp.einsum("btd,df->btf", h_BTD, w["gate"]))
+    up_BTF = jnp.einsum("btd,df->btf", h_BTD, w["up"])
+    return x_BTD + jnp.einsum("btf,fd->btd", gate_BTF * up_BTF, w["down"]), kept
+
+
+def head(params: Params) -> jax.Array:
+    """The output matrix [D, V]; a tied model's is its embedding, transposed."""
+    return params["head"] if "head" in params else params["embed"].T
+
+
+# ---- train form ------------------------------------------------------------------------------
+
+
+def hidden_states(
+    params: Params,
+    arch: Arch,
+    tokens_RT: jax.Array,
+    positions_RT: jax.Array,
+    segments_RT: jax.Array,
+    *,
+    dtype: str,
+    remat: str,
+) -> jax.Array:
+    """Final, normed hidden states [R, T, D] of whole rows.
+
+    Args:
+      params: the train form.
+      arch: shape of the model.
+      tokens_RT: int32 ids.
+      positions_RT: int32, restarting in each segment.
+      segments_RT: int32; attention stays inside a segment, 0 is padding.
+      dtype: what the blocks compute in; parameters are cast layer by layer.
+      remat: which activations the backward pass recomputes: "none" of them, "full": all,
+        "attn": all but the attention outputs.
+    """
+    same_RTT = segments_RT[:, :, None] == segments_RT[:, None, :]
+    # Within a segment, slots and positions order alike, so slots give the causal mask.
+    causal_TT = jnp.tril(jnp.ones((tokens_RT.shape[1],) * 2, bool))
+    mask_RTT = same_RTT & causal_TT & (segments_RT[:, :, None] > 0)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return checkpoint_name(attention(q, k, v, mask_RTT), "attn_out"), None
+
+    def layer(x_RTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
+        return block(weights, shard(x_RTD, "batch", None, None), positions_RT, arch, attend)
+
+    if remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    x_RTD = shard(params["embed"].astype(dtype)[tokens_RT], "batch", None, None)
+    x_RTD, _ = jax.lax.scan(layer, x_RTD, params["layers"])
+    return rms_norm(x_RTD, params["final_norm"].astype(dtype), arch.norm_eps)
+
+
+# ---- decode form -----------------------------------------------------------------------------
+
+
+def to_decode(params: Params, arch: Arch, dtype: str) -> Params:
+    """The decode form of the same weights: compute dtype, one dict a layer.
+
+    Run under `jit` with the decode shardings; the one place where parameters change dtype or
+    layout for the sampler.
+    """
+    cast = jax.tree.map(lambda a: a.astype(dtype), params)
+    stacked = cast["layers"]
+    cast["layers"] = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(arch.num_layers)]
+    return cast
+
+
+def _shard_kv(x_BSKH: jax.Array) -> jax.Array:
+    return shard(x_BSKH, "batch", None, "kv_heads", None, rules=DECODE_RULES)
+
+
+def empty_cache(arch: Arch, slots: int, length: int, dtype: str) -> list[KV]:
+    """Keys and values of nothing yet: per layer two arrays [slots, length, K, H]."""
+    shape = (slots, length, arch.num_kv_heads, arch.head_width)
+    return [
+        (_shard_kv(jnp.zeros(shape, dtype)), _shard_kv(jnp.zeros(shape, dtype)))
+        for _ in range(arch.num_layers)
+    ]
+
+
+def prefill(weights: Params, arch: Arch, tokens_RQ: jax.Array) -> list[KV]:
+    """Keys and values of prompts, [R, Q, K, H] per layer; what stands behind a prompt's end is
+    rubbish that decoding overwrites before it can see it."""
+    positions_RQ = jnp.broadcast_to(jnp.arange(tokens_RQ.shape[1]), tokens_RQ.shape)
+    causal_RQQ = positions_RQ[:, :, None] >= positions_RQ[:, None, :]
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KV]:
+        return attention(q, k, v, causal_RQQ), (k, v)
+
+    x_RQD, cache = weights["embed"][tokens_RQ], []
+    for layer in weights["layers"]:
+        x_RQD, kv = block(layer, x_RQD, positions_RQ, arch, attend)
+        cache.append(kv)
+    return cache
+
+
+def decode_step(
+    weights: Params, arch: Arch, cache: list[KV], token_B: jax.Array, position_B: jax.Array
+) -> tuple[jax.Array, list[KV]]:
+    """Logits [B, V] of what follows `token_B`, and the cache with that token's keys and values.
+
+    Row b's token stands at `position_B[b]`; it sees the cache up to and including itself.
+    """
+    rows_B = jnp.arange(token_B.shape[0])
+    length = cache[0][0].shape[1]
+    visible_B1S = (jnp.arange(length)[None] <= position_B[:, None])[:, None]
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, kv: KV) -> tuple[jax.Array, KV]:
+        keys = kv[0].at[rows_B, position_B].set(k[:, 0].astype(kv[0].dtype))
+        values = kv[1].at[rows_B, position_B].set(v[:, 0].astype(kv[1].dtype))
+        return attention(q, keys, values, visible_B1S), (keys, values)
+
+    x_B1D, written = weights["embed"][token_B][:, None], []
+    for layer, kv in zip(weights["layers"], cache, strict=True):
+        x_B1D, kept = block(
+            layer, x_B1D, position_B[:, None], arch, functools.partial(attend, kv=kv)
+        )
+        written.append(kept)
+    x_BD = rms_norm(x_B1D[:, 0], weights["final_norm"], arch.norm_eps)
+    logits_BV = jnp.einsum("bd,dv->bv", x_BD, head(weights), preferred_element_type=jnp.float32)
+    return logits_BV, written

@@ -1,0 +1,82 @@
+"""The parameter table: one line an array gives its shape, logical axes and initialiser."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo.model.arch import Arch
+
+Params = dict[str, Any]  # nested dict of arrays, as `param_table` names them
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One array of the model. `axes` are logical names (see `grpo.sharding.RULES`)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    fan_in: int  # initial standard deviation is fan_in ** -0.5; 0 means ones (norm scales)
+
+
+def param_table(arch: Arch) -> dict[str, Any]:
+    """Every parameter of the train form, nested as the parameters are.
+
+    The arrays under "layers" are stacked: axis 0 is the layer, which the forward pass scans.
+    Residual-writing matrices (`o`, `down`) start smaller by sqrt(2L), as GPT-2 does, so that the
+    residual stream keeps unit scale at any depth.
+    """
+    V, D, F, L = arch.vocab_size, arch.width, arch.mlp_width, arch.num_layers
+    N, K, H = arch.num_heads, arch.num_kv_heads, arch.head_width
+    table: dict[str, Any] = {
+        "embed": ParamSpec((V, D), ("vocab", "embed"), D),
+        "final_norm": ParamSpec((D,), (None,), 0),
+        "layers": {
+            "attn_norm": ParamSpec((L, D), ("layer", None), 0),
+            "q": ParamSpec((L, D, N, H), ("layer", "embed", "heads", None), D),
+            "k": ParamSpec((L, D, K, H), ("layer", "embed", "kv_heads", None), D),
+            "v": ParamSpec((L, D, K, H), ("layer", "embed", "kv_heads", None), D),
+            "o": ParamSpec((L, N, H, D), ("layer", "heads", None, "embed"), N * H * 2 * L),
+            "mlp_norm": ParamSpec((L, D), ("layer", None), 0),
+            "gate": ParamSpec((L, D, F), ("layer", "embed", "mlp"), D),
+            "up": ParamSpec((L, D, F), ("layer", "embed", "mlp"), D),
+            "down": ParamSpec((L, F, D), ("layer", "mlp", "embed"), F * 2 * L),
+        },
+    }
+    if not arch.tied_head:
+        table["head"] = ParamSpec((D, V), ("embed", "vocab"), D)
+    return table
+
+
+def map_table(fn: Callable[[ParamSpec], Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """`fn` of every spec, in the table's nesting."""
+    return jax.tree.map(fn, dict(table), is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
+def decode_table(arch: Arch) -> dict[str, Any]:
+    """The table of the decode form: the stacked arrays become a list of one dict a layer."""
+    table = param_table(arch)
+    layer = map_table(lambda s: ParamSpec(s.shape[1:], s.axes[1:], s.fan_in), table["layers"])
+    return {**table, "layers": [layer] * arch.num_layers}
+
+
+def init_params(arch: Arch, key: jax.Array) -> Params:
+    """Random float32 parameters, each drawn from `key` and its own number in the table."""
+    specs, treedef = jax.tree.flatten(param_table(arch), is_leaf=lambda x: isinstance(x, ParamSpec))
+
+    def draw(number: int, spec: ParamSpec) -> jax.Array:
+        if spec.fan_in == 0:
+            return jnp.ones(spec.shape, jnp.float32)
+        noise = jax.random.normal(jax.random.fold_in(key, number), spec.shape, jnp.float32)
+        return noise / math.sqrt(spec.fan_in)
+
+    return jax.tree.unflatten(treedef, [draw(i, spec) for i, spec in enumerate(specs)])
+
+
+def num_params(arch: Arch) -> int:
+    """Parameters of the model, counting a tied head once."""
+    leaves = jax.tree.leaves(param_table(arch), is_leaf=lambda x: isinstance(x, ParamSpec))
+    return sum(math.prod(spec.shape) for spec in leaves)

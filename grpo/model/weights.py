@@ -1,0 +1,261 @@
+"""Pretrained weights in: Hugging Face safetensors folders and GGUF files to our parameters.
+
+Tensors are read one at a time and leave one at a time through `put`, so the host never holds more
+than the largest stacked array besides what `put` keeps.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from grpo.model import families
+from grpo.model.arch import Arch
+from grpo.model.params import Params, ParamSpec, param_table
+
+# What becomes of a finished array: (path such as "layers/q", its spec, float32 values) -> leaf.
+Put = Callable[[str, ParamSpec, np.ndarray], Any]
+
+# Both formats store a matrix as [outputs, inputs] and flatten heads. So a stored matrix is ours
+# with its first `n` axes (the inputs) flattened, the rest (the outputs) flattened, transposed.
+# Arrays not listed are stored as we keep them.
+_INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
+
+
+def read_arch(source: Path) -> Arch:
+    """The shape of the model stored in `source`, a safetensors folder or a .gguf file.
+
+    Raises:
+      FileNotFoundError: nothing there, or a folder without config.json.
+      ValueError: a model that `grpo.model.families` does not support.
+    """
+    if _is_gguf(source):
+        reader = _gguf_reader(source)
+        shapes = {t.name: tuple(map(int, reversed(t.shape))) for t in reader.tensors}
+        # Vocabulary and merges are most of the metadata, slow to decode, and not needed here.
+        fields = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if not name.startswith("tokenizer.")
+        }
+        return families.arch_from_gguf(fields, shapes)
+    config = source / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{config} is missing: is {source} a Hugging Face model folder?")
+    return families.arch_from_hf(json.loads(config.read_text(encoding="utf-8")))
+
+
+def load_weights(source: Path, arch: Arch, put: Put | None = None) -> Params:
+    """Parameters of the model stored in `source`, named and laid out as `param_table(arch)`.
+
+    Args:
+      source: folder with `model.safetensors`, or with shards and `model.safetensors.index.json`
+        (bfloat16, float16 or float32); or a `.gguf` file, whose tensors are dequantised.
+      arch: as `read_arch(source)` gives it.
+      put: makes a leaf of the result from each float32 array, for example by sharding it over
+        devices. By default `jnp.asarray`.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a tensor is missing, unknown, of another shape or of an unsupported dtype.
+    """
+    stored = _open_gguf(source, arch) if _is_gguf(source) else _open_safetensors(source)
+    place: Put = put or (lambda path, spec, array: jnp.asarray(array))
+    table = dict(_flat_table(arch))
+    _check_names(stored, table)
+
+    params: Params = {"layers": {}}
+    for path, spec in table.items():
+        group, _, name = path.rpartition("/")
+        leaf = place(path, spec, _read_param(stored, path, spec))
+        (params[group] if group else params)[name] = leaf
+    return params
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """The tensors of one stored model, whatever the format."""
+
+    listing: Path  # the file that says which tensors there are
+    names: Mapping[str, str]  # our path -> their name, with {layer}
+    files: Mapping[str, Path]  # their name -> the file that holds it
+    ignored: Callable[[str], bool]  # their names that carry nothing we need
+    shape: Callable[[str], tuple[int, ...]]
+    read: Callable[[str], np.ndarray]  # float32 [outputs, inputs]
+
+
+def _flat_table(arch: Arch) -> Iterator[tuple[str, ParamSpec]]:
+    for name, entry in param_table(arch).items():
+        if isinstance(entry, ParamSpec):
+            yield name, entry
+        else:
+            yield from ((f"{name}/{inner}", spec) for inner, spec in entry.items())
+
+
+def _their_names(stored: _Stored, path: str, spec: ParamSpec) -> list[str]:
+    """Stored names of one of our arrays: one, or one a layer."""
+    if not path.startswith("layers/"):
+        return [stored.names[path]]
+    return [stored.names[path].format(layer=layer) for layer in range(spec.shape[0])]
+
+
+def _check_names(stored: _Stored, table: Mapping[str, ParamSpec]) -> None:
+    expected = {n for path, spec in table.items() for n in _their_names(stored, path, spec)}
+    missing = sorted(expected - stored.files.keys())
+    if missing:
+        raise ValueError(f"{stored.listing}: {_some(missing)} missing")
+    extra = sorted(n for n in stored.files.keys() - expected if not stored.ignored(n))
+    if extra:
+        raise ValueError(
+            f"{stored.listing}: {_some(extra)} not part of the architecture its config describes"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
+
+
+def _read_param(stored: _Stored, path: str, spec: ParamSpec) -> np.ndarray:
+    """One of our arrays, float32; layers are filled in one by one."""
+    names = _their_names(stored, path, spec)
+    if not path.startswith("layers/"):
+        return np.ascontiguousarray(_read_tensor(stored, names[0], path, spec.shape))
+    out = np.empty(spec.shape, np.float32)
+    for layer, name in enumerate(names):
+        out[layer] = _read_tensor(stored, name, path, spec.shape[1:])
+    return out
+
+
+def _read_tensor(stored: _Stored, name: str, path: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Tensor `name` brought to our `shape`, after checking its stored one."""
+    inputs = _INPUT_AXES.get(path.rpartition("/")[2])
+    expected = shape
+    if inputs is not None:
+        expected = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+    if stored.shape(name) != expected:
+        raise ValueError(
+            f"{stored.files[name]}: tensor {name} has shape {stored.shape(name)}, "
+            f"expected {expected}"
+        )
+    values = stored.read(name)
+    return (values if inputs is None else values.T).reshape(shape)
+
+
+_FLOAT_DTYPES = ("BF16", "F16", "F32")
+
+
+def _open_safetensors(folder: Path) -> _Stored:
+    listing, handles, files = _safetensors_files(folder)
+
+    def shape(name: str) -> tuple[int, ...]:
+        return tuple(handles[files[name]].get_slice(name).get_shape())
+
+    def read(name: str) -> np.ndarray:
+        handle = handles[files[name]]
+        dtype = handle.get_slice(name).get_dtype()
+        if dtype not in _FLOAT_DTYPES:
+            raise ValueError(
+                f"{files[name]}: tensor {name} is {dtype}; supported: {', '.join(_FLOAT_DTYPES)}"
+            )
+        return handle.get_tensor(name).astype(np.float32)
+
+    def ignored(name: str) -> bool:
+        # Old exports keep the rotary frequencies; some keep a copy of a tied head. A head that is
+        # not tied is in the table, so this never hides one.
+        return name.endswith(".rotary_emb.inv_freq") or name == families.HF_LLAMA_NAMES["head"]
+
+    return _Stored(listing, families.HF_LLAMA_NAMES, files, ignored, shape, read)
+
+
+def _safetensors_files(folder: Path) -> tuple[Path, dict[Path, Any], dict[str, Path]]:
+    """The listing file, an open handle a file, and which file holds each tensor."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        handle = _safe_open(single)
+        return single, {single: handle}, dict.fromkeys(handle.keys(), single)
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name}")
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    files = {name: folder / shard for name, shard in weight_map.items()}
+    handles = {}
+    for path in sorted(set(files.values())):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}, named in {index}, is missing")
+        handles[path] = _safe_open(path)
+    held = {path: set(handle.keys()) for path, handle in handles.items()}
+    for name, path in files.items():
+        if name not in held[path]:
+            raise ValueError(f"{path}: tensor {name} missing, though {index.name} places it there")
+    return index, handles, files
+
+
+def _safe_open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+
+
+def _is_gguf(source: Path) -> bool:
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist")
+    if source.is_dir():
+        return False
+    if source.suffix != ".gguf":
+        raise ValueError(f"{source} is neither a folder with safetensors nor a .gguf file")
+    return True
+
+
+def _gguf_reader(path: Path) -> Any:
+    from gguf import GGUFReader  # only here: few runs need it
+
+    try:
+        return GGUFReader(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a complete GGUF file: {error}") from error
+
+
+def _open_gguf(path: Path, arch: Arch) -> _Stored:
+    from gguf import dequantize
+
+    tensors = {t.name: t for t in _gguf_reader(path).tensors}
+    heads = {".attn_q.weight": arch.num_heads, ".attn_k.weight": arch.num_kv_heads}
+
+    def shape(name: str) -> tuple[int, ...]:
+        return tuple(map(int, reversed(tensors[name].shape)))
+
+    def read(name: str) -> np.ndarray:
+        values = np.asarray(dequantize(tensors[name].data, tensors[name].tensor_type), np.float32)
+        # The weights were published in bfloat16. Rounding what the quantisation left of them to
+        # bfloat16 gives what a folder converted from this file would hold: one model, one set
+        # of parameters, whichever file it came from.
+        values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
+        count = next((n for suffix, n in heads.items() if name.endswith(suffix)), 0)
+        return half_split_rows(values, count) if count else values
+
+    files = dict.fromkeys(tensors, path)
+    return _Stored(path, families.GGUF_LLAMA_NAMES, files, lambda name: False, shape, read)
+
+
+def half_split_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """Query or key rows from llama.cpp's rotary order back to the half-split one.
+
+    llama.cpp rotates neighbouring rows (0, 1), (2, 3), ... of a head; this decoder, like
+    `transformers`, rotates row i with row i + H/2. Their converter interleaves the two halves of
+    each head; this undoes it.
+
+    Args:
+      weight: [heads * H, D].
+      num_heads: heads stacked along the rows.
+    """
+    rows, width = weight.shape
+    pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, width)
+    return pairs.swapaxes(1, 2).reshape(rows, width)

@@ -1,0 +1,101 @@
+"""Ask, sample, score: one pass over some problems, scoring hidden under sampling."""
+
+import time
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import jax
+import numpy as np
+
+from grpo.data.prompts import encode_prompt
+from grpo.data.tokenizer import Tokenizer
+from grpo.engine.engine import Engine, Request
+from grpo.model.params import Params
+from grpo.scoring import Scorer
+from grpo.structs import LENGTH, Completion, Rollout, Scores
+from rewards.api import Problem, Score
+
+
+def sample_and_score(
+    engine: Engine,
+    scorer: Scorer,
+    weights: Params,
+    problems: Sequence[Problem],
+    group_size: int,
+    key: jax.Array,
+    *,
+    temperature: float,
+) -> tuple[Rollout, Scores, dict[str, float]]:
+    """`group_size` completions of every problem, judged; each is judged while others decode.
+
+    Returns:
+      The rollout, its scores, and metrics (`rollout/...`, `time/...`).
+    """
+    started = time.monotonic()
+    tokenizer = engine.tokenizer
+    prompts = [encode_prompt(tokenizer, problem) for problem in problems]
+    requests = [
+        Request(prompt, zlib.crc32(problem.uid.encode()), group_size)
+        for prompt, problem in zip(prompts, problems, strict=True)
+    ]
+    done: dict[tuple[int, int], tuple[Completion, Future[list[Score]]]] = {}
+    for completion in engine.run(weights, requests, key, temperature=temperature):
+        text = tokenizer.decode(completion.tokens)
+        future = scorer.submit(text, problems[completion.problem])
+        done[completion.problem, completion.sample] = completion, future
+    sampled = time.monotonic()
+    order = [[done[p, g] for g in range(group_size)] for p in range(len(problems))]
+    scores = scorer.collect([[future for _, future in group] for group in order])
+    scored = time.monotonic()
+    rollout = Rollout(
+        problems=list(problems),
+        prompts=prompts,
+        completions=[completion for group in order for completion, _ in group],
+        group_size=group_size,
+    )
+    lengths_B = rollout.lengths_B
+    stats = engine.stats
+    metrics = {
+        "rollout/length_tokens_mean": float(lengths_B.mean()),
+        "rollout/length_tokens_max": float(lengths_B.max()),
+        "rollout/truncated": float(np.mean([c.finish == LENGTH for c in rollout.completions])),
+        "rollout/tokens_per_s": stats.tokens / max(stats.seconds, 1e-9),
+        "rollout/occupancy": stats.tokens / max(stats.slot_steps, 1),
+        "time/sample_s": sampled - started,
+        "time/score_s": scored - sampled,
+    }
+    return rollout, scores, metrics
+
+
+def readable_rows(
+    step: int, rollout: Rollout, scores: Scores, tokenizer: Tokenizer
+) -> list[dict[str, object]]:
+    """One JSON-able row a completion, as a person would want to read it."""
+    rows: list[dict[str, object]] = []
+    G = rollout.group_size
+    for b, completion in enumerate(rollout.completions):
+        p, g = divmod(b, G)
+        problem = rollout.problems[p]
+        rows.append(
+            {
+                "step": step,
+                "uid": problem.uid,
+                "sample": g,
+                "reward": round(float(scores.reward_PG[p, g]), 6),
+                "valid": bool(scores.valid_PG[p, g]),
+                "finish_reason": completion.finish,
+                "length_tokens": len(completion.tokens),
+                "prompt": tokenizer.decode(rollout.prompts[p]),
+                "completion": tokenizer.decode(completion.tokens),
+                "scores": {n: round(float(v[p, g]), 6) for n, v in scores.components.items()},
+                "statuses": {name: found[b] for name, found in scores.statuses.items()},
+                "problem": {
+                    "uid": problem.uid,
+                    "reference": problem.reference,
+                    "gold": problem.gold,
+                    "meta": dict(problem.meta),
+                },
+            }
+        )
+    return rows

@@ -1,0 +1,77 @@
+"""What a run was: configuration, versions, commit, result; and batches that went wrong."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo.config import Config, describe
+from grpo.structs import Batch
+
+_PACKAGES = ("grpo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
+
+
+def write(config: Config, workdir: Path) -> None:
+    """config.json and environment.json; tells what changed if the workdir has a config already."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    new, path = describe(config), workdir / "config.json"
+    if path.exists():
+        changed = list(_differences(json.loads(path.read_text()), new))
+        if changed:
+            print("this run was configured differently before:\n  " + "\n  ".join(changed))
+    path.write_text(json.dumps(new, indent=2) + "\n")
+    environment = {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        "devices": [str(device) for device in jax.devices()],
+    }
+    (workdir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def write_result(workdir: Path, **result: Any) -> None:
+    """result.json, written when a run has ended well."""
+    (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def dump_batch(workdir: Path, step: int, batch: Batch) -> Path:
+    """Keeps the rows of an update that was not finite, for whoever looks for the reason."""
+    folder = workdir / "bad_batches"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:06d}.npz"
+    np.savez_compressed(path, **{name: np.asarray(value) for name, value in vars(batch).items()})
+    print(f"step {step}: an update was not finite and was skipped; its batch is in {path}")
+    return path
+
+
+def _differences(old: Any, new: Any, path: str = "config") -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(name), new.get(name), f"{path}.{name}")
+    elif old != new:
+        yield f"{path}: {old!r} -> {new!r}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """Commit of the checkout this package runs from, with "+" if it was changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        if commit.returncode:
+            return "unknown"
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+        return commit.stdout.strip() + ("+" if status.stdout else "")
+    except OSError:
+        return "unknown"

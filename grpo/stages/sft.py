@@ -1,0 +1,113 @@
+"""Cold start: supervised fine-tuning on worked completions, before reinforcement learning.
+
+Same state, same update, same data order and checkpoints as the main loop; only the objective
+differs, and only completion tokens count.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo.batch import make_rows, to_device
+from grpo.checkpoint import Checkpoints
+from grpo.config import Config
+from grpo.data.order import problems_for_step
+from grpo.data.prompts import encode_prompt
+from grpo.data.sources import ProblemSource
+from grpo.data.tokenizer import Tokenizer
+from grpo.loss import sft_loss
+from grpo.metrics import SFT_COLUMNS, ConsoleTable, MetricLog
+from grpo.model.params import Params
+from grpo.policy import Policy
+from grpo.signals import StopSignal
+from grpo.structs import Batch
+from grpo.update import (
+    abstract_state,
+    decayed_params,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    make_update,
+)
+from rewards.api import Problem
+
+_SHOW_EVERY = 10  # steps a console line: supervised steps are short
+
+
+def worked_rows(
+    tokenizer: Tokenizer, problems: Sequence[Problem], max_prompt: int, max_new: int
+) -> Batch:
+    """One row a worked problem: its prompt, its completion, and the stop token.
+
+    Raises:
+      ValueError: a problem has no worked completion, or is too long; names it.
+    """
+    prompts, completions = [], []
+    for problem in problems:
+        if "worked" not in problem.meta:
+            raise ValueError(
+                f"problem {problem.uid!r} has no meta['worked'], the completion to learn from"
+            )
+        prompt = encode_prompt(tokenizer, problem)
+        completion = [*tokenizer.encode(problem.meta["worked"]), tokenizer.eos_ids[0]]
+        if len(prompt) > max_prompt or len(completion) > max_new:
+            raise ValueError(
+                f"worked problem {problem.uid!r}: prompt {len(prompt)} and completion "
+                f"{len(completion)} tokens; at most {max_prompt} (data.max_prompt_tokens) and "
+                f"{max_new} (sample.max_new_tokens) fit"
+            )
+        prompts.append(prompt)
+        completions.append(completion)
+    return make_rows(prompts, completions, max_prompt=max_prompt, max_new=max_new)
+
+
+class SftStage:
+    """The cold start of one run, built whole before anything runs (so that every setting is read)."""
+
+    def __init__(self, config: Config, policy: Policy, source: ProblemSource, folder: Path):
+        sft, optim = config.sft, config.optim
+        self.policy, self.source, self.folder = policy, source, folder
+        self.num_steps, self.rows, self.seed = sft.num_steps, sft.rows_per_step, config.seed
+        self.microbatch_rows = sft.microbatch_rows
+        self.max_prompt = config.data.max_prompt_tokens
+        self.max_new = config.sample.max_new_tokens
+        self.save_every, self.keep = config.log.save_every, config.log.keep_checkpoints
+        schedule = learning_rate(optim, sft.learning_rate, sft.warmup_updates, sft.num_steps)
+        self.optimizer = make_optimizer(optim, schedule, decayed_params(policy))
+        self.update = make_update(policy, sft_loss, self.optimizer, schedule)
+
+    def run(self, params: Params, stop: StopSignal) -> Params:
+        """The parameters after the stage; goes on from its own checkpoint if there is one."""
+        state = init_state(self.policy, params, self.optimizer)
+        checkpoints = Checkpoints(self.folder / "checkpoints", self.keep)
+        state = checkpoints.restore(abstract_state(self.policy, self.optimizer)) or state
+        done = int(state.step)
+        if done < self.num_steps:
+            print(f"cold start: {self.num_steps} supervised steps of {self.rows} rows")
+        log = MetricLog(self.folder, resume_step=done)
+        table = ConsoleTable(SFT_COLUMNS, self.num_steps)
+        for step in range(done, self.num_steps):
+            started = time.monotonic()
+            rows = problems_for_step(len(self.source), step, self.rows, self.seed)
+            problems = [self.source[i] for i in rows]
+            batch = worked_rows(self.policy.tokenizer, problems, self.max_prompt, self.max_new)
+            tokens = int(batch.mask_RC.sum())
+            on_device = to_device(batch, self.microbatch_rows, self.policy.mesh)
+            state, report = self.update(state, on_device)
+            state = state.replace(step=state.step + 1)
+            metrics = {name: float(value) for name, value in report.items()}
+            metrics["time/step_s"] = time.monotonic() - started
+            metrics["sft/tokens_per_s"] = tokens / metrics["time/step_s"]
+            log.log(step, metrics)
+            if step % _SHOW_EVERY == 0 or step + 1 == self.num_steps:
+                table.row(step, metrics)
+            if (step + 1) % self.save_every == 0 or stop.requested:
+                checkpoints.save(state)
+            if stop.requested:
+                checkpoints.close()
+                log.close()
+                stop.leave(step + 1)
+        checkpoints.save(state)
+        checkpoints.close()
+        log.close()
+        return state.params

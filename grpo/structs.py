@@ -1,0 +1,129 @@
+"""The records that pass between the verbs of the loop, and the legend of shape letters.
+
+An array's name ends in its shape:
+
+  P problems a step      G completions a problem     B = P * G sequences
+  Q prompt slots         C completion slots          T = Q + C token slots of a row
+  S key/value slots      R rows of a batch           M microbatches
+  V vocabulary           D model width               F MLP width
+  N query heads          K key/value heads           H head width
+  L layers               E experts
+
+`Problem` and `Score` are in `rewards.api`, which stands without this package.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import struct
+
+from rewards.api import Problem
+
+EOS, STOP, LENGTH = "eos", "stop", "length"  # why a completion ended
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What the policy wrote for one problem, one sample.
+
+    Attributes:
+      problem: index into the prompts that were asked.
+      sample: which of the group's completions this is.
+      tokens: ids as sampled, the stop token included: stopping is an action and is trained.
+      logprobs: float32 nats, one a token, of the distribution really sampled from.
+      finish: "eos" (a stop token), "stop" (a stop string) or "length" (cut off).
+    """
+
+    problem: int
+    sample: int
+    tokens: tuple[int, ...]
+    logprobs: np.ndarray
+    finish: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """All completions of a step: `completions[b]` belongs to problem `b // G`."""
+
+    problems: list[Problem]
+    prompts: list[list[int]]
+    completions: list[Completion]
+    group_size: int
+
+    @property
+    def lengths_B(self) -> np.ndarray:
+        """Tokens of each completion, int32."""
+        return np.array([len(c.tokens) for c in self.completions], np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What the rules said of a rollout.
+
+    Attributes:
+      reward_PG: float32, the weighted sum of the components.
+      valid_PG: bool; False where a verifier itself failed, and the row must not train.
+      components: name -> float32 [P, G], before weights.
+      statuses: name -> list of B statuses (`rewards.api`).
+    """
+
+    reward_PG: np.ndarray
+    valid_PG: np.ndarray
+    components: dict[str, np.ndarray]
+    statuses: dict[str, list[str]]
+
+
+@struct.dataclass
+class Batch:
+    """Fixed-shape rows for the update. A row is one or more sequences side by side.
+
+    Attributes:
+      tokens_RT: int32 ids; padding anywhere `segments_RT` is 0.
+      positions_RT: int32, from 0 at the start of each sequence.
+      segments_RT: int32; tokens see only earlier tokens of their own segment; 0 is padding.
+      targets_RC: int32 slot in the row of each completion token.
+      mask_RC: bool, this completion token trains.
+      advantage_RC: float32, the advantage of the sequence the token belongs to.
+      old_logprobs_RC: float32 nats of the policy the ratio is taken against. Ignored if the
+        batch gets a single update, where the ratio is 1 by construction.
+      sampler_logprobs_RC: float32 nats as the rollout engine reported them.
+      ref_logprobs_RC: float32 nats of the frozen reference; zeros if there is none.
+    """
+
+    tokens_RT: Any
+    positions_RT: Any
+    segments_RT: Any
+    targets_RC: Any
+    mask_RC: Any
+    advantage_RC: Any
+    old_logprobs_RC: Any
+    sampler_logprobs_RC: Any
+    ref_logprobs_RC: Any
+
+
+@struct.dataclass
+class TrainState:
+    """The only mutable state of a run.
+
+    Attributes:
+      step: int32, rollouts (or supervised batches) consumed so far.
+      updates: int32, optimiser updates made so far; what the learning rate follows.
+      bad_updates: int32, updates in a row that were skipped because a number was not finite.
+      params: the train form, float32.
+      opt_state: what optax keeps.
+    """
+
+    step: jax.Array
+    updates: jax.Array
+    bad_updates: jax.Array
+    params: Any
+    opt_state: Any
+
+
+class Mean(NamedTuple):
+    """A metric that can be added up: the mean is `total / count`, once, at the end."""
+
+    total: Any
+    count: Any
