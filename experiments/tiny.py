@@ -2,8 +2,8 @@
 
 Source: the recipe of DeepSeek-R1 (arXiv:2501.12948) in small: a short cold start on worked chains
   of thought, then GRPO (arXiv:2402.03300) on the same kind of problem. The cold start's teacher is
-  imperfect on purpose: half of its chains contain a slip, so imitation alone gets about half of the
-  problems right, and what comes after is learnt from the reward.
+  imperfect on purpose: six in ten of its chains contain a slip, so imitation alone gets under half
+  of the problems right, and what comes after is learnt from the reward.
 Command: make demo, or
   python -m grpo.launch --config=experiments/tiny.py --workdir=runs/tiny
 Hardware: two CPU cores, 2 GiB.
@@ -25,13 +25,13 @@ from grpo.data.procedural import DigitChain, SlippedChains
 from rewards.answers import numeric_answer, tagged_answer
 from rewards.formats import r1_format
 
-TERMS = {"min_terms": 3, "max_terms": 4}
+TERMS = {"min_terms": 3, "max_terms": 4, "high": 6}
 
 
 def get_config() -> Config:
     problems = DigitChain(**TERMS, size=20_000)
     return Config(
-        num_steps=60,
+        num_steps=40,
         model=ModelConfig(
             width=192,
             mlp_width=640,
@@ -46,19 +46,19 @@ def get_config() -> Config:
             held_out=DigitChain(**TERMS, size=1_000, held_out=True),
             max_prompt_tokens=8,
         ),
-        sample=SampleConfig(max_new_tokens=64, slots=64, tokens_per_dispatch=16),
+        sample=SampleConfig(max_new_tokens=60, slots=64, tokens_per_dispatch=16),
         reward=RewardConfig(
             functions=((1.0, numeric_answer), (0.1, r1_format)),
             gold_format="<think>so</think><answer>{gold}</answer>",
         ),
         algo=AlgoConfig(problems_per_step=16, group_size=8),
-        optim=OptimConfig(learning_rate=3e-4, warmup_updates=5),
+        optim=OptimConfig(learning_rate=2e-4, warmup_updates=3, decay="linear", end_share=0.1),
         sft=SftConfig(
-            num_steps=150,
-            source=SlippedChains(source=problems, slip_rate=0.5),
+            num_steps=160,
+            source=SlippedChains(source=problems, slip_rate=0.6),
             rows_per_step=64,
             learning_rate=2e-3,
         ),
-        eval=EvalConfig(every=20, num_problems=128, num_samples=4, answer_of=tagged_answer),
-        log=LogConfig(save_every=20),
+        eval=EvalConfig(every=10, num_problems=128, num_samples=4, answer_of=tagged_answer),
+        log=LogConfig(save_every=10),
     )

@@ -8,6 +8,9 @@ value of the wrong type is an error at once; numbers that do not fit together ar
 
 import dataclasses
 import difflib
+import math
+import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -29,9 +32,9 @@ class Section:
     """Base of every section: knows its fields, and which of them were read."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        fields = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        if name not in fields:
-            raise AttributeError(_unknown_field(type(self).__name__, name, fields))
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        if name not in names:
+            raise AttributeError(unknown_field(type(self).__name__, name, names))
         object.__setattr__(self, name, value)
 
     def __getattribute__(self, name: str) -> Any:
@@ -41,10 +44,11 @@ class Section:
         return object.__getattribute__(self, name)
 
 
-def _unknown_field(section: str, name: str, fields: list[str]) -> str:
-    close = difflib.get_close_matches(name, fields, n=1)
+def unknown_field(section: str, name: str, known: list[str]) -> str:
+    """The message for a field that does not exist: those that do, and the likeliest."""
+    close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{section} has no field {name!r}; it has {sorted(fields)}.{hint}"
+    return f"{section} has no field {name!r}; it has {sorted(known)}.{hint}"
 
 
 @dataclasses.dataclass
@@ -54,7 +58,7 @@ class ModelConfig(Section):
     source: str = doc(
         "",
         "weights: a Hugging Face folder, a .gguf file, or a name `python -m grpo.fetch` knows; "
-        "empty makes a new model from `vocab` and the sizes below",
+        "empty makes a new model over bytes, of the sizes below",
     )
     width: int = doc(256, "new model: width of the residual stream")
     mlp_width: int = doc(1024, "new model: width of the MLP")
@@ -224,6 +228,15 @@ def sections(config: Any, path: str = "config") -> Iterator[tuple[str, Section]]
             yield from sections(value, f"{path}.{field.name}")
 
 
+def fields(config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """(path of the section, field, value) of every field that is not itself a section."""
+    for path, section in sections(config):
+        for field in dataclasses.fields(section):  # type: ignore[arg-type]
+            value = section.__dict__[field.name]
+            if not isinstance(value, Section):
+                yield path, field, value
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
@@ -251,11 +264,12 @@ def check_types(config: Config) -> None:
     for path, section in sections(config):
         hints = typing.get_type_hints(type(section))
         for field in dataclasses.fields(section):  # type: ignore[arg-type]
-            value = section.__dict__[field.name]
-            if not _fits(value, hints[field.name]):
+            value, hint = section.__dict__[field.name], hints[field.name]
+            if not _fits(value, hint):
+                wanted = hint.__name__ if isinstance(hint, type) else hint
                 raise TypeError(
                     f"{path}.{field.name} is {value!r}, a {type(value).__name__}; "
-                    f"it must be {hints[field.name]} ({field.metadata['doc']})"
+                    f"it must be {wanted} ({field.metadata['doc']})"
                 )
 
 
@@ -264,25 +278,38 @@ def _need(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+_POSITIVE = """
+    algo.problems_per_step algo.minibatches sample.max_new_tokens sample.slots
+    sample.tokens_per_dispatch sample.max_gap_nats data.max_prompt_tokens reward.workers
+    reward.deadline_s model.width model.mlp_width model.num_layers model.num_heads
+    model.num_kv_heads model.logprob_chunk optim.eps optim.clip_norm optim.max_bad_updates
+    sft.rows_per_step eval.num_problems eval.num_samples log.save_every log.keep_checkpoints
+""".split()
+_NOT_NEGATIVE = """
+    seed num_steps algo.microbatch_rows algo.clip_high algo.kl_coef optim.learning_rate
+    optim.warmup_updates optim.weight_decay reward.gold_check sft.num_steps sft.microbatch_rows
+    sft.learning_rate sft.warmup_updates eval.every log.rollouts_every
+""".split()
+_SHARES = """
+    algo.clip_low optim.end_share optim.beta1 optim.beta2 reward.max_failure_rate
+    reward.max_timeout_rate
+""".split()
+
+
 def validate(config: Config) -> None:
     """Raises ValueError for numbers that cannot work, or cannot work together."""
     check_types(config)
+    value_of = {f"{path}.{f.name}"[len("config.") :]: v for path, f, v in fields(config)}
+    for name in _POSITIVE + _NOT_NEGATIVE + _SHARES:
+        value = value_of[name]
+        _need(math.isfinite(value), f"{name} is {value}; it must be a finite number")
+        _need(value > 0 or name not in _POSITIVE, f"{name} is {value}; it must be positive")
+        _need(value >= 0, f"{name} is {value}; it cannot be negative")
+        _need(value <= 1 or name not in _SHARES, f"{name} is {value}; it must be in [0, 1]")
     algo, sample, reward, optim = config.algo, config.sample, config.reward, config.optim
-    _need(config.num_steps >= 0, f"num_steps is {config.num_steps}; it cannot be negative")
-    for path, value in (
-        ("algo.problems_per_step", algo.problems_per_step),
-        ("algo.minibatches", algo.minibatches),
-        ("sample.max_new_tokens", sample.max_new_tokens),
-        ("sample.slots", sample.slots),
-        ("sample.tokens_per_dispatch", sample.tokens_per_dispatch),
-        ("data.max_prompt_tokens", config.data.max_prompt_tokens),
-        ("reward.workers", reward.workers),
-        ("reward.deadline_s", reward.deadline_s),
-        ("model.logprob_chunk", config.model.logprob_chunk),
-        ("log.save_every", config.log.save_every),
-        ("log.keep_checkpoints", config.log.keep_checkpoints),
-    ):
-        _need(value > 0, f"{path} is {value}; it must be positive")
+    for axis in ("data", "fsdp", "tensor"):
+        size = value_of[f"mesh.{axis}"]
+        _need(size > 0 or size == -1, f"mesh.{axis} is {size}; it must be positive, or -1")
     _need(algo.group_size >= 2, f"algo.group_size is {algo.group_size}; a group needs at least 2")
     _need(
         sample.temperature > 0,
@@ -302,6 +329,8 @@ def validate(config: Config) -> None:
         f"split into microbatches of {algo.microbatch_rows}",
     )
     _need(bool(reward.functions), "reward.functions is empty: there is nothing to learn from")
+    for weight, function in reward.functions:
+        _need(math.isfinite(weight), f"the weight of {describe(function)} is {weight}")
     _need(config.data.train is not None, "data.train is not set: there is nothing to ask")
     choices = ("constant", "linear", "cosine")
     _need(optim.decay in choices, f"optim.decay is {optim.decay!r}; choose from {choices}")
@@ -314,9 +343,14 @@ def validate(config: Config) -> None:
         config.model.compute_dtype in dtypes,
         f"model.compute_dtype is {config.model.compute_dtype!r}; choose from {dtypes}",
     )
-    _need(0 <= algo.clip_low <= 1, f"algo.clip_low is {algo.clip_low}; it must be in [0, 1]")
-    _need(algo.clip_high >= 0, f"algo.clip_high is {algo.clip_high}; it cannot be negative")
     _need("{gold}" in reward.gold_format, "reward.gold_format must contain {gold}")
+    updates = config.num_steps * algo.minibatches
+    _need(
+        config.num_steps == 0 or optim.warmup_updates <= updates,
+        f"optim.warmup_updates is {optim.warmup_updates}, but the run makes only num_steps "
+        f"({config.num_steps}) x minibatches ({algo.minibatches}) = {updates} updates: it would "
+        "never reach its learning rate",
+    )
     if config.eval.every:
         _need(config.data.held_out is not None, "eval.every is set, but data.held_out is not")
     if config.sft.num_steps:
@@ -325,6 +359,11 @@ def validate(config: Config) -> None:
             sft.microbatch_rows == 0 or sft.rows_per_step % sft.microbatch_rows == 0,
             f"sft.rows_per_step ({sft.rows_per_step}) cannot be split into microbatches of "
             f"{sft.microbatch_rows}",
+        )
+        _need(
+            sft.warmup_updates <= sft.num_steps,
+            f"sft.warmup_updates is {sft.warmup_updates}, but the cold start makes only "
+            f"sft.num_steps = {sft.num_steps} updates: it would never reach its learning rate",
         )
 
 
@@ -339,14 +378,14 @@ def check_all_read(config: Config, baseline: Config) -> None:
 
     Called when everything is built and nothing has run: whatever a run uses, it has read by then.
     """
-    base = dict(sections(baseline))
-    idle = []
-    for path, section in list(sections(config)):
-        for field in dataclasses.fields(section):  # type: ignore[arg-type]
-            value, plain = section.__dict__[field.name], base[path].__dict__[field.name]
-            read = field.name in section.__dict__["_read"]
-            if not read and not isinstance(value, Section) and value != plain:
-                idle.append(f"{path}.{field.name}={value!r} ({field.metadata['doc']})")
+    own, base = dict(sections(config)), dict(sections(baseline))
+    idle = [
+        f"{path}.{field.name}={value!r} ({field.metadata['doc']})"
+        for path, field, value in fields(config)
+        if field.name not in own[path].__dict__["_read"]
+        # As described: a function made by get_config() is another one each time.
+        and describe(value) != describe(base[path].__dict__[field.name])
+    ]
     if idle:
         raise ValueError(
             "these fields are set but this run does not use them; leave them at their defaults or "
@@ -367,4 +406,24 @@ def describe(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     name = getattr(value, "__qualname__", None)
-    return f"{getattr(value, '__module__', '?')}.{name}" if name else repr(value)
+    if name:
+        return f"{getattr(value, '__module__', '?')}.{name}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # equal in every process
+
+
+def help_text(config: Config) -> str:
+    """Every field with its value in `config` and its documentation."""
+    column = " " * 44
+    lines = ["Every field and its default; --config.section.field=value sets it."]
+    for path, section in sections(config):
+        lines += ["", f"{path}: {section.__doc__}"]
+        for where, field, value in fields(config):
+            if where == path:
+                setting = f"  {path}.{field.name}={value!r}".ljust(len(column) - 1)
+                text = f"{setting} {field.metadata['doc']}"
+                lines += textwrap.wrap(text, 100, subsequent_indent=column)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(help_text(Config()))

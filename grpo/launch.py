@@ -1,74 +1,110 @@
 """Command line: `python -m grpo.launch --config=experiments/x.py --workdir=DIR`.
 
-Any field of the configuration can be set: `--config.algo.group_size=16`. The same command goes on
-with a run that was stopped.
+Any field of the configuration can be set: `--config.algo.group_size=16`; `python -m grpo.config`
+lists them all. The same command goes on with a run that was stopped.
 """
 
+import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
-from grpo.config import Config, Section
+from grpo.config import Config, unknown_field
+from grpo.scoring import RewardFailure
 
 
 def main(command: Callable[..., Any]) -> None:
     """Parses flags and calls `command(config, workdir, baseline=the experiment unchanged)`."""
     config_flag = config_flags.DEFINE_config_file("config", None, "experiment file")
+    flags.FLAGS["config"].parser = experiment = _Experiment()
     workdir = flags.DEFINE_string("workdir", None, "folder of this run")
     flags.mark_flags_as_required(["config", "workdir"])
 
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(argv)
+        except (flags.Error, LookupError, AttributeError, TypeError, ValueError) as error:
+            wrong = _unknown_field(argv, experiment.baseline) or _message(error)
+            return sys.exit(f"error: {wrong}\n(--help and `python -m grpo.config` list the choices)")
+
     def start(argv: Sequence[str]) -> None:
         if len(argv) > 1:
-            raise app.UsageError(f"unexpected arguments {argv[1:]}; fields are set by --config.x=y")
-        baseline = _experiment(config_flags.get_config_filename(flags.FLAGS["config"]))
+            sys.exit(f"error: unexpected arguments {argv[1:]}; fields are set by --config.x=y")
+        verbose = flags.FLAGS.verbosity > 0
+        if flags.FLAGS["verbosity"].using_default_value:
+            logging.set_verbosity(logging.WARNING)  # absl's default shows every checkpoint's details
         try:
-            command(config_flag.value, Path(workdir.value), baseline=baseline)
-        except (ValueError, TypeError, FileNotFoundError) as error:
-            if flags.FLAGS.verbosity > 0:
+            command(config_flag.value, Path(workdir.value), baseline=experiment.baseline)
+        except (ValueError, TypeError, OSError, RewardFailure, FloatingPointError) as error:
+            if verbose:
                 raise
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {_message(error)}\n(--verbosity=1 shows where it was raised)")
 
-    app.run(start, flags_parser=_parse)
+    app.run(start, flags_parser=parse)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """Parses flags; a field that does not exist is answered with those that do."""
+class _Experiment(flags.ArgumentParser):
+    """Turns the value of --config into what the file's `get_config()` returns.
+
+    Attributes:
+      baseline: the same once more, which no flag changes.
+    """
+
+    baseline: Config | None = None
+
+    def parse(self, argument: str) -> Config:
+        get_config = load_experiment(argument)
+        self.baseline = get_config()
+        return get_config()
+
+
+def load_experiment(path: str) -> Callable[[], Config]:
+    """`get_config` of the file at `path`, which did run once.
+
+    Raises:
+      ValueError: there is no such file, it cannot be run, or it gives no Config; says where.
+    """
+    spec = importlib.util.spec_from_file_location("grpo_experiment", path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise ValueError(f"there is no Python file (looked from {Path.cwd()})")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
     try:
-        return app.parse_flags_with_usage(argv)
-    except (KeyError, AttributeError) as error:
-        sys.exit(f"error: {error.args[0] if error.args else error}{_choices(argv)}")
+        spec.loader.exec_module(module)
+        get_config: Callable[[], Config] | None = getattr(module, "get_config", None)
+        config = get_config() if get_config else None
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if Path(f.filename).resolve() == Path(path).resolve()]
+        where = f" (line {lines[-1]})" if lines else ""
+        raise ValueError(f"it raises {type(error).__name__}: {error}{where}") from error
+    if get_config is None:
+        raise ValueError("it defines no get_config()")
+    if not isinstance(config, Config):
+        raise ValueError(f"its get_config() must return a grpo.config.Config, not {config!r}")
+    return get_config
 
 
-def _choices(argv: Sequence[str]) -> str:
+def _unknown_field(argv: Sequence[str], config: Any) -> str:
     """For the first `--config.a.b` that does not exist: the fields of the section it would be in."""
-    files = [arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")]
-    paths = [arg[2:].split("=", 1)[0] for arg in argv if arg.startswith("--config.")]
-    for path in paths if files else []:
-        section: Any = _experiment(files[0])
+    paths = [arg.lstrip("-").split("=", 1)[0] for arg in argv if arg.startswith("--config.")]
+    for path in paths if config is not None else []:
+        section = config
         for name in path.split(".")[1:]:
-            known = sorted(vars(section)) if hasattr(section, "__dict__") else []
+            known = vars(section) if hasattr(section, "__dict__") else {}
             if name not in known:
-                return f"\n--{path}: {type(section).__name__} has no field {name!r}; it has {known}"
-            section = getattr(section, name)
+                return unknown_field(f"--{path}: {type(section).__name__}", name, list(known))
+            section = known[name]
     return ""
 
 
-def _experiment(path: str) -> Config:
-    """What the experiment file says, untouched."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("grpo_experiment", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
-    if not isinstance(config, Section):
-        raise TypeError(f"get_config() of {path} must return a grpo.config.Config, not {config!r}")
-    return config
+def _message(error: BaseException) -> str:
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
 if __name__ == "__main__":

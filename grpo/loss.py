@@ -86,7 +86,9 @@ def grpo_loss(
         "policy/objective": mean(objective_RC),
     }
     if kl_coef:
-        kl_RC = jnp.where(batch.mask_RC, kl_k3(logprobs_RC, batch.ref_logprobs_RC), 0.0)
+        ref_RC = batch.ref_logprobs_RC
+        # Masked before, not after: 0 * inf on the way back would be a NaN.
+        kl_RC = kl_k3(jnp.where(batch.mask_RC, logprobs_RC, ref_RC), ref_RC)
         objective_RC = objective_RC - kl_coef * kl_RC
         means["policy/kl_ref_nats"] = mean(kl_RC)
     loss = -jnp.sum(objective_RC, where=batch.mask_RC) / num_tokens

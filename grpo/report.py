@@ -2,8 +2,8 @@
 
     python -m grpo.report WORKDIR
 
-draws WORKDIR/curves.png from WORKDIR/metrics.jsonl and prints the first held-out evaluation
-against the last.
+draws WORKDIR/curves.png from WORKDIR/metrics.jsonl and sets the first held-out evaluation against the
+last: printed, and written to WORKDIR/before_after.md. A run does the same when it ends.
 """
 
 import argparse
@@ -259,25 +259,66 @@ def _escape(char: str) -> str:
 
 
 def first_and_last_eval(series: Series) -> tuple[dict[str, float], dict[str, float]]:
-    """The held-out metrics ("eval/...") of the first and of the last evaluation."""
+    """The held-out metrics ("eval/...") of the first and of the last evaluation.
+
+    With a single evaluation there is no first; with none, both are empty.
+    """
     held_out: dict[str, Any] = {n: v for n, (_, v) in series.items() if n.startswith("eval/")}
-    first = {name: float(values[0]) for name, values in held_out.items()}
+    first = {name: float(values[0]) for name, values in held_out.items() if len(values) > 1}
     last = {name: float(values[-1]) for name, values in held_out.items()}
     return first, last
+
+
+# ---- A run -------------------------------------------------------------------------------------
+
+
+def report_run(workdir: Path, num_examples: int = 3) -> None:
+    """Draws curves.png; after an evaluation also prints and writes before against after.
+
+    Raises:
+      FileNotFoundError: no metrics.jsonl there.
+    """
+    print(draw_curves(workdir))
+    first, last = first_and_last_eval(read_metrics(workdir / "metrics.jsonl"))
+    if not last:
+        return
+    examples = held_out_examples(workdir / "evaluations", num_examples)
+    path = workdir / "before_after.md"
+    path.write_text(before_after_markdown(first, last, examples), encoding="utf-8")
+    print(f"{before_after_console(first, last, examples)}{path}")
+
+
+def held_out_examples(folder: Path, count: int) -> list[Example]:
+    """The first sample of the first problems, in the first and in the last evaluation of `folder`.
+
+    "Before" is empty where there is a single evaluation, or where it did not ask this problem.
+    """
+    paths = sorted(folder.glob("step_*.jsonl"))
+    if not paths:
+        return []
+    before = _first_samples(paths[0]) if len(paths) > 1 else {}
+    after = list(_first_samples(paths[-1]).items())[:count]
+    return [
+        Example(row["prompt"], before.get(uid, {}).get("completion", ""), row["completion"])
+        for uid, row in after
+    ]
+
+
+def _first_samples(path: Path) -> dict[str, dict[str, Any]]:
+    """Problem -> the row of its first sample; a last line still being written is left out."""
+    with path.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file if line.endswith("\n")]
+    return {row["uid"]: row for row in rows if row["sample"] == 0}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m grpo.report", description="Draw a run.")
     parser.add_argument("workdir", type=Path)
-    workdir = parser.parse_args(argv).workdir
     try:
-        print(draw_curves(workdir))
+        report_run(parser.parse_args(argv).workdir)
     except FileNotFoundError as error:
         raise SystemExit(f"error: {error}") from error
-    first, last = first_and_last_eval(read_metrics(workdir / "metrics.jsonl"))
-    if first:
-        print(before_after_console(first, last), end="")
 
 
 if __name__ == "__main__":

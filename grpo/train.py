@@ -20,7 +20,7 @@ from grpo.config import Config
 from grpo.data.order import problems_for_step
 from grpo.metrics import GRPO_COLUMNS, ConsoleTable, JsonlWriter, MetricLog
 from grpo.model.params import Params
-from grpo.report import draw_curves
+from grpo.report import report_run
 from grpo.rollout import readable_rows, sample_and_score
 from grpo.scoring import RewardFailure, check_gold
 from grpo.signals import StopSignal
@@ -56,7 +56,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         checkpoints = Checkpoints(workdir / "checkpoints", config.log.keep_checkpoints)
         stack.callback(checkpoints.close)
         state = restore_or_start(run, checkpoints, stop)
-        ref_params = run.policy.initial_params() if config.algo.kl_coef else None
+        ref_params = starting_params(run, stop) if config.algo.kl_coef else None
         first = int(state.step)
         log = stack.enter_context(MetricLog(workdir, resume_step=first))
         texts = stack.enter_context(JsonlWriter(workdir / "rollouts.jsonl", resume_step=first))
@@ -121,7 +121,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         checkpoints.wait()
     digest = params_sha256(state.params)
     runinfo.write_result(workdir, params_sha256=digest, steps=int(state.step))
-    print(draw_curves(workdir))
+    report_run(workdir)
     print(f"params_sha256 {digest}")
     return state
 
@@ -206,12 +206,18 @@ def guard(check: Callable[[], None], checkpoints: Checkpoints, state: TrainState
 
 
 def restore_or_start(run: Run, checkpoints: Checkpoints, stop: StopSignal) -> TrainState:
-    """The newest saved state; else the initial parameters, after the cold start if there is one."""
+    """The newest saved state, or else a new one."""
     state = checkpoints.restore(run.state_like)
     if state is not None:
         print(f"resuming after step {int(state.step)} of {run.config.num_steps}", flush=True)
         return state
+    return run.new_state(starting_params(run, stop))
+
+
+def starting_params(run: Run, stop: StopSignal) -> Params:
+    """What reinforcement learning starts from, and is held to by the KL: after any cold start.
+
+    A cold start that is over is not repeated; it left its own checkpoint.
+    """
     params = run.policy.initial_params()
-    if run.sft is not None:
-        params = run.sft.run(params, stop)
-    return run.new_state(params)
+    return run.sft.run(params, stop) if run.sft is not None else params

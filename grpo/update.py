@@ -25,12 +25,11 @@ def learning_rate(
 ) -> optax.Schedule:
     """Linear warm-up to `peak`, then what `optim.decay` says, ending with the last update."""
     rest = max(total_updates - warmup, 1)
-    decay, end_share = optim.decay, optim.end_share
     after: optax.Schedule = {
         "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, peak * end_share, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=end_share),
-    }[decay]()
+        "linear": lambda: optax.linear_schedule(peak, peak * optim.end_share, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=optim.end_share),
+    }[optim.decay]()
     if not warmup:
         return after
     return optax.join_schedules(
@@ -178,7 +177,7 @@ def _update(
     schedule: optax.Schedule,
 ) -> tuple[TrainState, dict[str, Any]]:
     loss, means, maxima, grads = accumulate(logprobs, objective, state.params, batch)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
     changed = (optax.apply_updates(state.params, changes), opt_state)

@@ -16,17 +16,28 @@ def inverse_cdf(probability_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     B, V = probability_BV.shape
     padded = jnp.pad(probability_BV, ((0, 0), (0, -V % _BLOCK)))
     parts_Bnb = padded.reshape(B, -1, _BLOCK)
-    reached_Bn = jnp.cumsum(parts_Bnb.sum(-1), axis=-1)
+    mass_Bn = parts_Bnb.sum(-1)
+    reached_Bn = jnp.cumsum(mass_Bn, axis=-1)
     goal_B = uniform_B * reached_Bn[:, -1]
-    block_B = jnp.sum(reached_Bn <= goal_B[:, None], axis=-1)
-    block_B = jnp.minimum(block_B, parts_Bnb.shape[1] - 1)
+    block_B = _first_beyond(reached_Bn, goal_B, mass_Bn)
     before_Bn = jnp.pad(reached_Bn, ((0, 0), (1, 0)))
     left_B = goal_B - jnp.take_along_axis(before_Bn, block_B[:, None], axis=1)[:, 0]
     part_Bb = jnp.take_along_axis(parts_Bnb, block_B[:, None, None], axis=1)[:, 0]
-    within_B = jnp.sum(jnp.cumsum(part_Bb, axis=-1) <= left_B[:, None], axis=-1)
-    # Rounding may carry the goal past the block's end: stay on its last possible token.
-    last_B = _BLOCK - 1 - jnp.argmax((part_Bb > 0)[:, ::-1], axis=-1)
-    return (block_B * _BLOCK + jnp.minimum(within_B, last_B)).astype(jnp.int32)
+    within_B = _first_beyond(jnp.cumsum(part_Bb, axis=-1), left_B, part_Bb)
+    return (block_B * _BLOCK + within_B).astype(jnp.int32)
+
+
+def _first_beyond(reached_Bn: jax.Array, goal_B: jax.Array, mass_Bn: jax.Array) -> jax.Array:
+    """The first entry of positive mass whose running sum exceeds the goal.
+
+    Rounding may carry the goal past a block's end, where the last possible entry is taken, or
+    before its start (XLA fuses u * total - before, so the difference can be negative though the
+    rounded product was not less): hence the mass is looked at, not only the sum.
+    """
+    possible_Bn = mass_Bn > 0
+    beyond_Bn = possible_Bn & (reached_Bn > goal_B[:, None])
+    last_B = mass_Bn.shape[1] - 1 - jnp.argmax(possible_Bn[:, ::-1], axis=-1)
+    return jnp.where(beyond_Bn.any(axis=-1), jnp.argmax(beyond_Bn, axis=-1), last_B)
 
 
 def sample_token(

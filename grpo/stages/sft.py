@@ -6,6 +6,7 @@ differs, and only completion tokens count.
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from grpo.batch import make_rows, to_device
@@ -19,8 +20,9 @@ from grpo.loss import sft_loss
 from grpo.metrics import SFT_COLUMNS, ConsoleTable, MetricLog
 from grpo.model.params import Params
 from grpo.policy import Policy
+from grpo.sharding import batch_ways
 from grpo.signals import StopSignal
-from grpo.structs import Batch
+from grpo.structs import Batch, TrainState
 from grpo.update import (
     abstract_state,
     decayed_params,
@@ -66,48 +68,71 @@ class SftStage:
 
     def __init__(self, config: Config, policy: Policy, source: ProblemSource, folder: Path):
         sft, optim = config.sft, config.optim
+        rows, ways = sft.microbatch_rows or sft.rows_per_step, batch_ways(policy.mesh)
+        if rows % ways:
+            raise ValueError(
+                f"a supervised microbatch of {rows} rows cannot be split over data x fsdp = {ways} "
+                "devices; choose sft.microbatch_rows or sft.rows_per_step as a multiple of it"
+            )
+        if len(source) < sft.rows_per_step:
+            raise ValueError(
+                f"sft.rows_per_step is {sft.rows_per_step}, but the cold start has only "
+                f"{len(source)} worked problems"
+            )
         self.policy, self.source, self.folder = policy, source, folder
         self.num_steps, self.rows, self.seed = sft.num_steps, sft.rows_per_step, config.seed
         self.microbatch_rows = sft.microbatch_rows
         self.max_prompt = config.data.max_prompt_tokens
         self.max_new = config.sample.max_new_tokens
+        self.max_bad_updates = optim.max_bad_updates
         self.save_every, self.keep = config.log.save_every, config.log.keep_checkpoints
         schedule = learning_rate(optim, sft.learning_rate, sft.warmup_updates, sft.num_steps)
         self.optimizer = make_optimizer(optim, schedule, decayed_params(policy))
         self.update = make_update(policy, sft_loss, self.optimizer, schedule)
 
     def run(self, params: Params, stop: StopSignal) -> Params:
-        """The parameters after the stage; goes on from its own checkpoint if there is one."""
-        state = init_state(self.policy, params, self.optimizer)
-        checkpoints = Checkpoints(self.folder / "checkpoints", self.keep)
-        state = checkpoints.restore(abstract_state(self.policy, self.optimizer)) or state
-        done = int(state.step)
-        if done < self.num_steps:
-            print(f"cold start: {self.num_steps} supervised steps of {self.rows} rows")
-        log = MetricLog(self.folder, resume_step=done)
-        table = ConsoleTable(SFT_COLUMNS, self.num_steps)
-        for step in range(done, self.num_steps):
-            started = time.monotonic()
-            rows = problems_for_step(len(self.source), step, self.rows, self.seed)
-            problems = [self.source[i] for i in rows]
-            batch = worked_rows(self.policy.tokenizer, problems, self.max_prompt, self.max_new)
-            tokens = int(batch.mask_RC.sum())
-            on_device = to_device(batch, self.microbatch_rows, self.policy.mesh)
-            state, report = self.update(state, on_device)
-            state = state.replace(step=state.step + 1)
-            metrics = {name: float(value) for name, value in report.items()}
-            metrics["time/step_s"] = time.monotonic() - started
-            metrics["sft/tokens_per_s"] = tokens / metrics["time/step_s"]
-            log.log(step, metrics)
-            if step % _SHOW_EVERY == 0 or step + 1 == self.num_steps:
-                table.row(step, metrics)
-            if (step + 1) % self.save_every == 0 or stop.requested:
-                checkpoints.save(state)
-            if stop.requested:
-                checkpoints.close()
-                log.close()
-                stop.leave(step + 1)
-        checkpoints.save(state)
-        checkpoints.close()
-        log.close()
+        """The parameters after the stage; goes on from its own checkpoint if there is one.
+
+        Raises:
+          FloatingPointError: too many updates in a row were not finite.
+        """
+        with ExitStack() as stack:
+            state = init_state(self.policy, params, self.optimizer)
+            checkpoints = Checkpoints(self.folder / "checkpoints", self.keep)
+            stack.callback(checkpoints.close)
+            state = checkpoints.restore(abstract_state(self.policy, self.optimizer)) or state
+            done = int(state.step)
+            if done < self.num_steps:
+                print(f"cold start: {self.num_steps} supervised steps of {self.rows} rows")
+            log = stack.enter_context(MetricLog(self.folder, resume_step=done))
+            table = ConsoleTable(SFT_COLUMNS, self.num_steps)
+            for step in range(done, self.num_steps):
+                state, metrics = self._step(state, step)
+                log.log(step, metrics)
+                if step % _SHOW_EVERY == 0 or step + 1 == self.num_steps:
+                    table.row(step, metrics)
+                if int(state.bad_updates) >= self.max_bad_updates:
+                    raise FloatingPointError(
+                        f"cold start, step {step}: {int(state.bad_updates)} updates in a row were "
+                        "not finite and were skipped (optim.max_bad_updates)"
+                    )
+                if (step + 1) % self.save_every == 0 or stop.requested:
+                    checkpoints.save(state)
+                if stop.requested:
+                    checkpoints.wait()
+                    stop.leave(step + 1)
+            checkpoints.save(state)
         return state.params
+
+    def _step(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
+        started = time.monotonic()
+        rows = problems_for_step(len(self.source), step, self.rows, self.seed)
+        problems = [self.source[i] for i in rows]
+        batch = worked_rows(self.policy.tokenizer, problems, self.max_prompt, self.max_new)
+        tokens = int(batch.mask_RC.sum())
+        on_device = to_device(batch, self.microbatch_rows, self.policy.mesh)
+        state, report = self.update(state, on_device)
+        metrics = {name: float(value) for name, value in report.items()}
+        metrics["time/step_s"] = time.monotonic() - started
+        metrics["sft/tokens_per_s"] = tokens / metrics["time/step_s"]
+        return state.replace(step=state.step + 1), metrics

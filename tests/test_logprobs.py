@@ -1,0 +1,122 @@
+"""Chunked log-probs: the naive ones, in less memory, and of the right tokens."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_model import ARCH, toy_params
+
+from grpo.batch import make_rows
+from grpo.model.decoder import head, hidden_states
+from grpo.model.logprobs import chunked_logprobs, completion_logprobs
+
+R, C, D, V = 3, 7, 5, 11
+
+
+def naive_logprobs(hidden_RCD, head_DV, targets_RC, temperature):
+    logits_RCV = jnp.einsum("rcd,dv->rcv", hidden_RCD, head_DV) / temperature
+    logprobs_RCV = jax.nn.log_softmax(logits_RCV)
+    chosen_RC = jnp.take_along_axis(logprobs_RCV, targets_RC[..., None], axis=-1)[..., 0]
+    return chosen_RC, -jnp.sum(jnp.exp(logprobs_RCV) * logprobs_RCV, axis=-1)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    hidden_RCD, head_DV = rng.normal(size=(R, C, D)), rng.normal(size=(D, V))
+    targets_RC = rng.integers(0, V, (R, C))
+    return (
+        jnp.asarray(hidden_RCD, jnp.float32),
+        jnp.asarray(head_DV, jnp.float32),
+        jnp.asarray(targets_RC, jnp.int32),
+    )
+
+
+@pytest.mark.parametrize("chunk, temperature", [(1, 1.0), (3, 0.7), (7, 1.5), (100, 0.7)])
+def test_values_and_gradients_are_the_naive_ones(inputs, chunk, temperature):
+    hidden_RCD, head_DV, targets_RC = inputs
+    weights = np.random.default_rng(1).normal(size=(2, R, C)).astype(np.float32)
+
+    def total(fn):
+        def run(hidden_RCD, head_DV):
+            values = fn(hidden_RCD, head_DV, targets_RC)
+            return sum((w * v).sum() for w, v in zip(weights, values, strict=True)), values
+
+        return jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
+
+    chunked = total(partial(chunked_logprobs, temperature=temperature, chunk=chunk))
+    naive = total(partial(naive_logprobs, temperature=temperature))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+        chunked(hidden_RCD, head_DV),
+        naive(hidden_RCD, head_DV),
+    )
+
+
+def test_entropy_at_hand_points():
+    """A flat distribution has log V nats, a certain one none; temperature flattens."""
+    head_DV = jnp.eye(4, dtype=jnp.float32)
+    hidden_RCD = jnp.array([[[0, 0, 0, 0], [100, 0, 0, 0], [4, 0, 0, 0]]], jnp.float32)
+    targets_RC = jnp.zeros((1, 3), jnp.int32)
+    logprobs, entropy = chunked_logprobs(hidden_RCD, head_DV, targets_RC, temperature=4.0, chunk=2)
+    p = np.e / (np.e + 3)  # logit 4 / temperature 4 = 1
+    q = (1 - p) / 3
+    flat, certain, between = np.log(4), 0.0, -(p * np.log(p) + 3 * q * np.log(q))
+    np.testing.assert_allclose(entropy[0], [flat, certain, between], atol=1e-5)
+    np.testing.assert_allclose(logprobs[0], [-flat, 0, np.log(p)], atol=1e-5)
+
+
+def test_bfloat16_hidden_states_give_float32_results(inputs):
+    hidden_RCD, head_DV, targets_RC = inputs
+    low = hidden_RCD.astype(jnp.bfloat16)
+    got = chunked_logprobs(low, head_DV, targets_RC, temperature=1.0, chunk=3)
+    rounded = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in (hidden_RCD, head_DV)]
+    expected = naive_logprobs(*rounded, targets_RC, 1.0)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_whole_logits_are_never_held():
+    """Temporary memory of value and gradient, as compiled: less than one [R, C, V] array."""
+    R, C, D, V = 4, 64, 8, 4096
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in [((R, C, D), "float32"), ((D, V), "float32"), ((R, C), "int32")]
+    ]
+
+    def temporary(fn) -> int:
+        def loss(hidden_RCD, head_DV, targets_RC):
+            logprobs_RC, entropy_RC = fn(hidden_RCD, head_DV, targets_RC)
+            return logprobs_RC.sum() + entropy_RC.sum()
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole = 4 * R * C * V
+    assert temporary(partial(chunked_logprobs, temperature=1.0, chunk=4)) < whole / 2
+    assert temporary(partial(naive_logprobs, temperature=1.0)) >= whole  # the measure measures
+
+
+def test_the_one_shift():
+    """Each completion token is judged by the logits one slot before it, and by no other."""
+    params, temperature = toy_params(), 0.6
+    prompts, completions = [[3, 1, 4], [1], [5, 9, 2, 6]], [[5, 3], [5, 8, 9, 7, 31], [0, 0, 0]]
+    batch = make_rows(prompts, completions, max_prompt=4, max_new=5)
+    form: dict[str, Any] = {"dtype": "float32", "remat": "none"}
+    got_RC, entropy_RC = jax.jit(
+        lambda p, b: completion_logprobs(p, ARCH, b, temperature=temperature, chunk=2, **form)
+    )(params, batch)
+    hidden_RTD = jax.jit(lambda p, *row: hidden_states(p, ARCH, *row, **form))(
+        params, batch.tokens_RT, batch.positions_RT, batch.segments_RT
+    )
+    logits_RTV = np.asarray(hidden_RTD, np.float64) @ np.asarray(head(params)) / temperature
+    logprobs_RTV = logits_RTV - np.log(np.exp(logits_RTV).sum(-1, keepdims=True))
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        for i, token in enumerate(completion):
+            before_V = logprobs_RTV[row, len(prompt) + i - 1]
+            assert got_RC[row, i] == pytest.approx(before_V[token], abs=1e-5)
+            assert entropy_RC[row, i] == pytest.approx(-np.exp(before_V) @ before_V, abs=1e-5)

@@ -1,0 +1,315 @@
+"""The decoder against an independent one in numpy, its two forms, and SmolLM2's golden values."""
+
+import dataclasses
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
+
+from grpo import fetch
+from grpo.batch import make_rows
+from grpo.engine.engine import Engine, Request
+from grpo.model.arch import REMAT_CHOICES, Arch
+from grpo.model.decoder import decode_step, head, hidden_states, prefill, rotary, to_decode
+from grpo.model.logprobs import completion_logprobs
+from grpo.model.params import Params, init_params, num_params, param_table
+from grpo.model.weights import load_weights, read_arch
+
+UNTIED = dataclasses.replace(ARCH, tied_head=False)
+TOKENS_RT = np.random.default_rng(0).integers(0, ARCH.vocab_size, (3, 9)).astype(np.int32)
+
+
+# ---- the oracle: one token, one head at a time, float64 --------------------------------------
+
+
+def slow_logits(params: Params, arch: Arch, tokens: list[int]) -> np.ndarray:
+    """Logits [T, V] of one sequence. Shares no code with `grpo.model.decoder`.
+
+    Llama's decoder as its paper says it, with the key and value heads repeated N / K times.
+    """
+    weights: dict[str, Any] = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    T, repeat = len(tokens), arch.num_heads // arch.num_kv_heads
+
+    def norm(x_TD: np.ndarray, scale_D: np.ndarray) -> np.ndarray:
+        return x_TD / np.sqrt((x_TD**2).mean(-1, keepdims=True) + arch.norm_eps) * scale_D
+
+    def rotate(x_TH: np.ndarray) -> np.ndarray:
+        half = arch.head_width // 2
+        pairs = x_TH[:, :half] + 1j * x_TH[:, half:]
+        speed = arch.rope_theta ** (-2 * np.arange(half) / arch.head_width)
+        turned = pairs * np.exp(1j * np.arange(T)[:, None] * speed)
+        return np.concatenate([turned.real, turned.imag], axis=-1)
+
+    x_TD = weights["embed"][tokens]
+    for layer in range(arch.num_layers):
+        w = {name: stacked[layer] for name, stacked in weights["layers"].items()}
+        h_TD = norm(x_TD, w["attn_norm"])
+        k_DNH, v_DNH = (np.repeat(w[name], repeat, axis=1) for name in "kv")
+        for n in range(arch.num_heads):
+            q_TH, k_TH = rotate(h_TD @ w["q"][:, n]), rotate(h_TD @ k_DNH[:, n])
+            v_TH = h_TD @ v_DNH[:, n]
+            for t in range(T):
+                score_S = np.exp(k_TH[: t + 1] @ q_TH[t] / math.sqrt(arch.head_width))
+                x_TD[t] += (score_S / score_S.sum()) @ v_TH[: t + 1] @ w["o"][n]
+        h_TD = norm(x_TD, w["mlp_norm"])
+        gate_TF = h_TD @ w["gate"]
+        x_TD = x_TD + (gate_TF / (1 + np.exp(-gate_TF)) * (h_TD @ w["up"])) @ w["down"]
+    x_TD = norm(x_TD, weights["final_norm"])
+    return x_TD @ (weights["embed"].T if arch.tied_head else weights["head"])
+
+
+@partial(jax.jit, static_argnums=1, static_argnames=("dtype", "remat"))
+def logits(params, arch, tokens_RT, positions_RT, segments_RT, dtype="float32", remat="none"):
+    hidden_RTD = hidden_states(
+        params, arch, tokens_RT, positions_RT, segments_RT, dtype=dtype, remat=remat
+    )
+    return hidden_RTD @ head(params).astype(dtype)
+
+
+def plain_logits(params: Params, arch: Arch, tokens_RT: np.ndarray, **settings: str) -> np.ndarray:
+    """Logits of rows without padding."""
+    positions_RT = np.broadcast_to(np.arange(tokens_RT.shape[1], dtype=np.int32), tokens_RT.shape)
+    segments_RT = np.ones_like(tokens_RT)
+    return np.asarray(logits(params, arch, tokens_RT, positions_RT, segments_RT, **settings))
+
+
+close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", [ARCH, UNTIED], ids=["tied", "untied"])
+def test_logits_are_those_of_the_oracle(arch):
+    params = toy_params(arch)
+    assert ("head" in params) != arch.tied_head
+    got_RTV = plain_logits(params, arch, TOKENS_RT)
+    close(got_RTV, [slow_logits(params, arch, row.tolist()) for row in TOKENS_RT])
+
+
+def test_rotary_is_a_complex_rotation():
+    x_BTNH = np.random.default_rng(0).normal(size=(1, 3, 2, 6)).astype(np.float32)
+    positions_BT = np.array([[0, 7, 100]])
+    pairs = x_BTNH[..., :3] + 1j * x_BTNH[..., 3:]
+    angle = positions_BT[..., None, None] * 50.0 ** (-2 * np.arange(3) / 6)
+    turned = pairs * np.exp(1j * angle)
+    got = rotary(jnp.asarray(x_BTNH), jnp.asarray(positions_BT), 50.0)
+    close(got, np.concatenate([turned.real, turned.imag], axis=-1))
+
+
+def test_rotary_scores_depend_on_the_distance_only():
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
+
+    def score(i: int, j: int) -> float:
+        turned = [rotary(jnp.asarray(x), jnp.full((1, 1), p), 100.0) for x, p in ((q, i), (k, j))]
+        return float(jnp.sum(turned[0] * turned[1]))
+
+    assert score(5, 3) == pytest.approx(score(25, 23), abs=1e-4)
+    assert score(5, 3) != pytest.approx(score(5, 4), abs=1e-2)
+
+
+# ---- what must not change anything -----------------------------------------------------------
+
+
+def test_a_later_token_changes_nothing_earlier():
+    params = toy_params()
+    before = plain_logits(params, ARCH, TOKENS_RT)
+    for t in (1, 5, 8):
+        changed_RT = TOKENS_RT.copy()
+        changed_RT[:, t] = (changed_RT[:, t] + 1) % ARCH.vocab_size
+        after = plain_logits(params, ARCH, changed_RT)
+        np.testing.assert_array_equal(before[:, :t], after[:, :t])
+        assert (before[:, t] != after[:, t]).any(axis=-1).all()
+
+
+def test_padding_changes_nothing_whatever_it_holds():
+    params = toy_params()
+    expected = plain_logits(params, ARCH, TOKENS_RT[:, :6])
+    segments_RT = np.where(np.arange(9) < 6, 1, 0) * np.ones_like(TOKENS_RT)
+    positions_RT = np.broadcast_to(np.arange(9, dtype=np.int32), (3, 9))
+    for padding in (0, 31):
+        padded_RT = np.where(segments_RT == 1, TOKENS_RT, padding)
+        got = np.asarray(logits(params, ARCH, padded_RT, positions_RT, segments_RT))
+        close(got[:, :6], expected)
+        assert np.isfinite(got).all()  # padding itself must not breed NaNs: 0 * NaN is NaN
+
+
+def test_segments_of_a_row_do_not_see_each_other():
+    params = toy_params()
+    first, second = TOKENS_RT[0, :4], TOKENS_RT[1, :3]
+    row = np.array([[*first, *second, 0, 0]], np.int32)
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 0]], np.int32)
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]], np.int32)
+    got = np.asarray(logits(params, ARCH, row, positions, segments))[0]
+    close(got[:4], slow_logits(params, ARCH, first.tolist()))
+    close(got[4:7], slow_logits(params, ARCH, second.tolist()))
+
+
+@pytest.mark.parametrize("arch", [ARCH, UNTIED], ids=["tied", "untied"])
+def test_decode_form_gives_the_logits_of_the_train_form(arch):
+    """Prompts of 2, 5 and 4 tokens side by side, then one token at a time, each where it stands."""
+    params, prompt_len_B, Q = toy_params(arch), np.array([2, 5, 4]), 5
+    expected = plain_logits(params, arch, TOKENS_RT)
+    weights = to_decode(params, arch, "float32")
+    prompts_BQ = np.where(np.arange(Q) < prompt_len_B[:, None], TOKENS_RT[:, :Q], 13)
+    grow = ((0, 0), (0, TOKENS_RT.shape[1] - Q), (0, 0), (0, 0))
+    # Ones, not zeros: the part of the cache that is not written yet must not matter.
+    cache = [
+        (jnp.pad(k, grow, constant_values=1.0), jnp.pad(v, grow, constant_values=1.0))
+        for k, v in prefill(weights, arch, jnp.asarray(prompts_BQ))
+    ]
+    step = jax.jit(decode_step, static_argnums=1)
+    for ahead in range(4):
+        at_B = prompt_len_B - 1 + ahead
+        logits_BV, cache = step(weights, arch, cache, TOKENS_RT[np.arange(3), at_B], at_B)
+        close(logits_BV, expected[np.arange(3), at_B])
+
+
+# ---- memory, precision, beginnings -----------------------------------------------------------
+
+
+def test_rematerialisation_changes_no_gradient():
+    params = toy_params()
+
+    def gradient(remat: str) -> Params:
+        def loss(params: Params) -> jax.Array:
+            positions_RT = jnp.broadcast_to(jnp.arange(9), TOKENS_RT.shape)
+            ones_RT = jnp.ones_like(TOKENS_RT)
+            out = logits(params, ARCH, TOKENS_RT, positions_RT, ones_RT, remat=remat)
+            return jnp.sum(jax.nn.log_softmax(out)[..., 0])
+
+        return jax.jit(jax.grad(loss))(params)
+
+    base, *others = [gradient(remat) for remat in REMAT_CHOICES]
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(base))
+    for other in others:
+        jax.tree.map(close, base, other)
+
+
+def test_bfloat16_is_computed_from_the_same_weights():
+    params = toy_params()
+    exact = plain_logits(params, ARCH, TOKENS_RT)
+    rough = plain_logits(params, ARCH, TOKENS_RT, dtype="bfloat16")
+    assert rough.dtype == jnp.bfloat16
+    error = rough.astype(np.float32) - exact  # 8 bits of mantissa: some 0.4 % an operation
+    assert np.sqrt((error**2).mean()) < 0.03 * np.sqrt((exact**2).mean())
+    assert jax.tree.leaves(params)[0].dtype == jnp.float32
+
+
+def test_initial_weights_have_the_documented_spread():
+    """Normal with variance 1 / fan_in; matrices that write the residual, smaller by sqrt(2 L)."""
+    arch = dataclasses.replace(ARCH, vocab_size=512, width=64, mlp_width=128, num_layers=3)
+    params = init_params(arch, jax.random.key(0))
+    heads = arch.num_heads * arch.head_width
+    expected = {
+        "embed": 64**-0.5,
+        "q": 64**-0.5,
+        "k": 64**-0.5,
+        "v": 64**-0.5,
+        "gate": 64**-0.5,
+        "up": 64**-0.5,
+        "o": (heads * 6) ** -0.5,
+        "down": (128 * 6) ** -0.5,
+    }
+    arrays = {**params, **params["layers"]}
+    for name, std in expected.items():
+        values = np.asarray(arrays[name])
+        # The standard error of a deviation is std / sqrt(2 n); five of them.
+        assert values.std() == pytest.approx(std, rel=5 / math.sqrt(2 * values.size)), name
+        assert abs(values.mean()) < 5 * std / math.sqrt(values.size), name
+    for name in ("final_norm", "attn_norm", "mlp_norm"):
+        assert (np.asarray(arrays[name]) == 1).all()
+    assert not np.array_equal(arrays["gate"], arrays["up"])
+
+
+def test_num_params_counts_a_tied_head_once():
+    layer = 2 * 16 + 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24  # norms, q, k and v, o, MLP
+    assert num_params(ARCH) == 32 * 16 + 16 + 2 * layer
+    assert num_params(UNTIED) == num_params(ARCH) + 16 * 32
+    for arch in (ARCH, UNTIED):
+        made = jax.tree.leaves(toy_params(arch))
+        assert sum(leaf.size for leaf in made) == num_params(arch)
+        assert jax.tree.structure(toy_params(arch)) == jax.tree.structure(
+            param_table(arch), is_leaf=lambda x: not isinstance(x, dict)
+        )
+
+
+@pytest.mark.parametrize("field, value, message", [("num_heads", 5, "multiple"), ("head_width", 3, "even")])
+def test_impossible_shapes_are_errors(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(ARCH, **{field: value})
+
+
+# ---- a real model ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # a minute, and needs the fetched model
+def test_smollm2_gives_the_reference_implementations_values():
+    """Log-probs, last logits and greedy continuations of six prompts, as transformers has them.
+
+    The two differ by 4.4e-5 at most (measured): both are float32, summed in different orders.
+    """
+    try:
+        path = fetch.model_path("smollm2-135m-instruct")
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    cases = json.loads((Path(__file__).parent / "golden" / "smollm2_logits.json").read_text())
+    arch, mesh = read_arch(path), mesh_of()
+    params = load_weights(path, arch, lambda _path, _spec, array: jnp.asarray(array))
+
+    # Train form: the prompt after its first token, and the reference's own continuation.
+    score = jax.jit(
+        lambda params, batch: completion_logprobs(
+            params, arch, batch, temperature=1.0, dtype="float32", remat="none", chunk=32
+        )[0]
+    )
+    written = [[*case["prompt_ids"][1:], *case["greedy_ids"]] for case in cases]
+    longest = max(map(len, written))
+    rows = make_rows(
+        [case["prompt_ids"][:1] for case in cases], written, max_prompt=1, max_new=longest
+    )
+    logprobs_RC = score(params, rows)
+    for case, tokens, logprobs_C in zip(cases, written, logprobs_RC, strict=True):
+        expected = [*case["prompt_logprobs"], *case["greedy_logprobs"]]
+        np.testing.assert_allclose(logprobs_C[: len(tokens)], expected, rtol=0, atol=2e-4)
+
+    # Decode form: the logits of what follows the prompt.
+    weights = jax.jit(partial(to_decode, arch=arch, dtype="float32"))(params)
+    prompt_len_B = np.array([len(case["prompt_ids"]) for case in cases])
+    prompts_BQ = np.zeros((len(cases), prompt_len_B.max()), np.int32)
+    for row, case in enumerate(cases):
+        prompts_BQ[row, : prompt_len_B[row]] = case["prompt_ids"]
+    last_B = prompts_BQ[np.arange(len(cases)), prompt_len_B - 1]
+    next_logits = jax.jit(
+        lambda weights, prompts_BQ: decode_step(
+            weights, arch, prefill(weights, arch, prompts_BQ), last_B, prompt_len_B - 1
+        )[0]
+    )
+    for case, logits_V in zip(cases, next_logits(weights, prompts_BQ), strict=True):
+        top = np.asarray(logits_V)[case["top_ids"]]
+        np.testing.assert_allclose(top, case["top_logits"], rtol=0, atol=2e-4)
+
+    # The engine, greedily: the reference ignored stop tokens, so here there are none.
+    engine = Engine(
+        arch,
+        ToyTokenizer(vocab_size=arch.vocab_size, eos_ids=()),
+        mesh,
+        max_prompt=int(prompt_len_B.max()),
+        max_new=32,
+        slots=len(cases),
+        tokens_per_dispatch=32,
+        dtype="float32",
+    )
+    requests = [Request(case["prompt_ids"], i, 1) for i, case in enumerate(cases)]
+    with jax.set_mesh(mesh):
+        completions = list(engine.run(weights, requests, jax.random.key(0), temperature=0.0))
+    for completion in completions:
+        case = cases[completion.problem]
+        assert list(completion.tokens) == case["greedy_ids"], case["prompt"]
+        np.testing.assert_allclose(
+            completion.logprobs, case["greedy_logprobs"], rtol=0, atol=2e-4
+        )

@@ -1,0 +1,96 @@
+"""What several test files share: a model small enough to compile in a second, and its tokenizer."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from grpo.model.arch import Arch
+from grpo.model.decoder import to_decode
+from grpo.model.logprobs import completion_logprobs
+from grpo.model.params import Params, init_params, param_table
+from grpo.policy import Policy
+from grpo.sharding import MESH_AXES, param_shardings
+
+ARCH = Arch(
+    vocab_size=32,
+    width=16,
+    mlp_width=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_width=4,
+    rope_theta=100.0,
+    max_positions=64,
+)
+
+
+@functools.cache
+def _drawn(arch: Arch) -> Params:
+    params = jax.tree.map(np.asarray, jax.jit(partial(init_params, arch))(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    arrays = [(params, "final_norm"), *((params["layers"], n) for n in ("attn_norm", "mlp_norm"))]
+    for holder, name in arrays:
+        holder[name] = rng.uniform(0.5, 1.5, holder[name].shape).astype(np.float32)
+    return params
+
+
+def toy_params(arch: Arch = ARCH) -> Params:
+    """Random weights; the norm scales too, which are born as ones and would hide a missing one.
+
+    Copies, since some tests donate them.
+    """
+    return jax.tree.map(jnp.array, _drawn(arch))
+
+
+def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over the first data x fsdp x tensor of the fake devices."""
+    devices = jax.devices()[: data * fsdp * tensor]
+    return jax.make_mesh(
+        (data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyTokenizer:
+    """Ids 0..25 are the letters, 26..29 two letters each; 30 and 31 end a completion."""
+
+    vocab_size: int = 32
+    eos_ids: tuple[int, ...] = (31, 30)
+    pad_id: int = 31
+    bos_id: int | None = None
+    adds_bos: bool = False
+    chat_template: str | None = None
+    template_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - ord("a") for letter in text]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        pieces = [*"abcdefghijklmnopqrstuvwxyz", "ab", "cd", "ef", "gh", "", ""]
+        return "".join(pieces[i] for i in ids)
+
+
+def policy_on(mesh: Mesh, arch: Arch = ARCH, *, chunk: int = 4) -> Policy:
+    """The toy model on a mesh, in float32."""
+    shardings = param_shardings(param_table(arch), mesh)
+
+    def logprobs(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
+        settings: Any = {"temperature": 0.7, "dtype": "float32", "remat": "none", "chunk": chunk}
+        return completion_logprobs(params, arch, batch, **settings)
+
+    return Policy(
+        arch=arch,
+        tokenizer=ToyTokenizer(),
+        mesh=mesh,
+        shardings=shardings,
+        initial_params=lambda: jax.device_put(toy_params(arch), shardings),
+        for_decoding=jax.jit(partial(to_decode, arch=arch, dtype="float32")),
+        logprobs=logprobs,
+    )
