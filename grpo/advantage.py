@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
 
 
-def group_advantage(reward_PG: jax.Array, valid_PG: jax.Array, *, scale_by_std: bool) -> jax.Array:
+def group_advantage(reward_PG: Array, valid_PG: Array, *, scale_by_std: bool) -> jax.Array:
     """A = (r - mean_G r) / (std_G r + 1e-6), the division only if `scale_by_std`.
 
     Mean and (population) standard deviation run over the valid completions of one problem.
@@ -36,7 +39,7 @@ def group_advantage(reward_PG: jax.Array, valid_PG: jax.Array, *, scale_by_std: 
     return jnp.where(has_signal(reward_PG, valid_PG)[:, None], advantage_PG, 0.0)
 
 
-def has_signal(reward_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
+def has_signal(reward_PG: Array, valid_PG: Array) -> jax.Array:
     """bool [P]: the valid rewards of the group are not all equal, so it teaches something."""
     low_P = jnp.min(reward_PG, axis=1, where=valid_PG, initial=jnp.inf)
     high_P = jnp.max(reward_PG, axis=1, where=valid_PG, initial=-jnp.inf)

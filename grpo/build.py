@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run; nothing is computed here, but everything is checked."""
+"""From a configuration to the parts of a run: nothing is computed here, everything is checked."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

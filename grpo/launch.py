@@ -22,22 +22,24 @@ def main(command: Callable[..., Any]) -> None:
     """Parses flags and calls `command(config, workdir, baseline=the experiment unchanged)`."""
     config_flag = config_flags.DEFINE_config_file("config", None, "experiment file")
     flags.FLAGS["config"].parser = experiment = _Experiment()
-    workdir = flags.DEFINE_string("workdir", None, "folder of this run")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
+    workdir = flags.DEFINE_string("workdir", None, "folder of this run", required=True)
 
     def parse(argv: list[str]) -> list[str]:
         try:
             return flags.FLAGS(argv)
         except (flags.Error, LookupError, AttributeError, TypeError, ValueError) as error:
             wrong = _unknown_field(argv, experiment.baseline) or _message(error)
-            return sys.exit(f"error: {wrong}\n(--help and `python -m grpo.config` list the choices)")
+            return sys.exit(
+                f"error: {wrong}\n(--help and `python -m grpo.config` list the choices)"
+            )
 
     def start(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"error: unexpected arguments {argv[1:]}; fields are set by --config.x=y")
         verbose = flags.FLAGS.verbosity > 0
         if flags.FLAGS["verbosity"].using_default_value:
-            logging.set_verbosity(logging.WARNING)  # absl's default shows every checkpoint's details
+            logging.set_verbosity(logging.WARNING)  # the default shows every checkpoint's details
         try:
             command(config_flag.value, Path(workdir.value), baseline=experiment.baseline)
         except (ValueError, TypeError, OSError, RewardFailure, FloatingPointError) as error:
@@ -91,7 +93,7 @@ def load_experiment(path: str) -> Callable[[], Config]:
 
 
 def _unknown_field(argv: Sequence[str], config: Any) -> str:
-    """For the first `--config.a.b` that does not exist: the fields of the section it would be in."""
+    """For the first `--config.a.b` that does not exist: the fields that its section has."""
     paths = [arg.lstrip("-").split("=", 1)[0] for arg in argv if arg.startswith("--config.")]
     for path in paths if config is not None else []:
         section = config

@@ -2,8 +2,8 @@
 
     python -m grpo.report WORKDIR
 
-draws WORKDIR/curves.png from WORKDIR/metrics.jsonl and sets the first held-out evaluation against the
-last: printed, and written to WORKDIR/before_after.md. A run does the same when it ends.
+draws WORKDIR/curves.png from WORKDIR/metrics.jsonl and sets the first held-out evaluation against
+the last: printed, and written to WORKDIR/before_after.md. A run does the same when it ends.
 """
 
 import argparse

@@ -32,9 +32,9 @@ class Schedule:
         last = max(self.updates - 1, 0)
         rates = [f"{float(learning_rate(last * share // 100)):.3g}" for share in shares]
         return (
-            f"each step: {self.problems} problems x {self.group_size} completions = {self.rows} rows"
-            f" -> {self.rows // self.rows_per_update} update(s) of {self.rows_per_update} rows in "
-            f"{self.rows_per_update // self.microbatch_rows} microbatch(es) of "
+            f"each step: {self.problems} problems x {self.group_size} completions = {self.rows} "
+            f"rows -> {self.rows // self.rows_per_update} update(s) of {self.rows_per_update} rows "
+            f"in {self.rows_per_update // self.microbatch_rows} microbatch(es) of "
             f"{self.microbatch_rows}\n"
             f"the run: {self.num_steps} steps = {self.updates} updates; learning rate at "
             f"{'/'.join(map(str, shares))} %: {' / '.join(rates)}"

@@ -4,8 +4,8 @@ P problems a step, G completions each, B = P * G rows; row b belongs to problem 
 """
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
@@ -88,7 +88,8 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
             if config.log.rollouts_every and step % config.log.rollouts_every == 0:
                 for row in readable_rows(step, rollout, scores, run.policy.tokenizer):
                     texts.write(row)
-            guard(lambda: run.scorer.check_rates(scores), checkpoints, state)
+            with saving_first(checkpoints, state):
+                run.scorer.check_rates(scores)
 
             # 4. Compare: A = (r - mean_G r) / std_G r. The group is the baseline.
             advantage_PG = np.asarray(
@@ -107,7 +108,8 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
             metrics["engine/compiled"] = run.engine.num_compiled()
             log.log(step, metrics)
             table.row(step, metrics)
-            guard(lambda: check_numbers(run, step, metrics, state), checkpoints, state)
+            with saving_first(checkpoints, state):
+                check_numbers(run, step, metrics, state)
             if (step + 1) % config.log.save_every == 0 or stop.requested:
                 checkpoints.save(state)
             if stop.requested:
@@ -195,10 +197,11 @@ def check_numbers(run: Run, step: int, metrics: dict[str, float], state: TrainSt
         )
 
 
-def guard(check: Callable[[], None], checkpoints: Checkpoints, state: TrainState) -> None:
-    """Runs a check that may end the run; what was earned so far is saved first."""
+@contextmanager
+def saving_first(checkpoints: Checkpoints, state: TrainState) -> Iterator[None]:
+    """For checks that may end the run: what was earned so far is saved before they do."""
     try:
-        check()
+        yield
     except (RewardFailure, FloatingPointError):
         checkpoints.save(state)
         checkpoints.wait()

@@ -1,4 +1,4 @@
-"""The update: gradients summed over microbatches, one AdamW step, and nothing if it is not finite."""
+"""The update: gradients summed over microbatches, one AdamW step; nothing if it is not finite."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ from grpo.loss import Maxima, Means
 from grpo.model.params import Params, ParamSpec, map_table, param_table
 from grpo.policy import Logprobs, Policy
 from grpo.sharding import replicated
-from grpo.structs import Batch, Mean, TrainState
+from grpo.structs import Batch, TrainState
 
 Objective = Callable[[jax.Array, jax.Array, Batch, jax.Array], tuple[jax.Array, Means, Maxima]]
 Update = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]

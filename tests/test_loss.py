@@ -1,5 +1,6 @@
 """The objective: hand points, a triple loop in plain Python, and an exact policy gradient."""
 
+import dataclasses
 import itertools
 import math
 from functools import partial
@@ -17,10 +18,8 @@ from grpo.structs import Batch
 def batch_of(mask_RC, **fields) -> Batch:
     """A batch as the loss sees it; what it does not read is absent, and zeros are the default."""
     zeros_RC = np.zeros(np.shape(mask_RC), np.float32)
-    defaults = {
-        name: zeros_RC
-        for name in ("advantage_RC", "old_logprobs_RC", "sampler_logprobs_RC", "ref_logprobs_RC")
-    }
+    names = ("advantage_RC", "old_logprobs_RC", "sampler_logprobs_RC", "ref_logprobs_RC")
+    defaults = dict.fromkeys(names, zeros_RC)
     return Batch(
         tokens_RT=None,
         positions_RT=None,
@@ -85,13 +84,15 @@ def test_a_huge_ratio_stays_finite(log_ratio, advantage):
     [(1, 0.0), (2, 1 - math.log(2)), (0.5, math.log(2) - 0.5), (math.e, math.e - 2)],
 )
 def test_k3_hand_points(ref_over_pi, expected):
-    assert kl_k3(jnp.float32(-3.0), -3.0 + jnp.log(ref_over_pi)) == pytest.approx(expected, rel=1e-5)
+    assert kl_k3(jnp.float32(-3.0), -3.0 + jnp.log(ref_over_pi)) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_k3_is_never_negative():
     size = np.logspace(-12, 3, 20_001, dtype=np.float32)
     for difference in (size, -size):
-        k3 = np.asarray(kl_k3(jnp.zeros_like(difference), difference))
+        k3 = np.asarray(kl_k3(jnp.zeros(difference.shape), jnp.asarray(difference)))
         assert (k3 >= 0).all() and np.isfinite(k3).all()
 
 
@@ -160,7 +161,7 @@ def ragged(seed: int, rows: int = 6, width: int = 7) -> tuple[np.ndarray, Batch]
     return logprobs_RC, batch
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("low, high, kl_coef", [(0.2, 0.2, 0.0), (0.1, 0.4, 0.0), (0.2, 0.28, 0.3)])
 def test_values_and_gradients_against_a_triple_loop(seed, low, high, kl_coef):
     logprobs_RC, batch = ragged(seed)
@@ -180,7 +181,7 @@ def test_on_policy_gradient_is_the_policy_gradient():
     np.testing.assert_allclose(gradient_RC, expected_RC, rtol=1e-6, atol=1e-9)
     assert value == pytest.approx(float(expected_RC.sum()), rel=1e-5)
     # ... and what a first update against recomputed log-probs does.
-    same = batch.replace(old_logprobs_RC=logprobs_RC)
+    same = dataclasses.replace(batch, old_logprobs_RC=logprobs_RC)
     off_policy = jax.grad(partial(loss_of, batch=same))(jnp.asarray(logprobs_RC))
     np.testing.assert_array_equal(gradient_RC, off_policy)
 
@@ -189,21 +190,31 @@ def test_on_policy_gradient_is_the_policy_gradient():
 @pytest.mark.parametrize("on_policy", [True, False])
 def test_masked_tokens_contribute_nothing(rubbish, on_policy):
     logprobs_RC, batch = ragged(1)
-    settings = {"kl_coef": 0.3, "on_policy": on_policy}
 
     @jax.jit
     def run(logprobs_RC, batch):
         count = jnp.float32(batch.mask_RC.sum())
-        loss = partial(grpo_loss, clip_low=0.2, clip_high=0.28, **settings)
-        (value, rest), gradient = jax.value_and_grad(
-            lambda x: (lambda loss, *rest: (loss, rest))(*loss(x, x, batch, count)), has_aux=True
-        )(logprobs_RC)
-        return value, rest, gradient
+
+        def objective(x_RC):
+            loss, means, maxima = grpo_loss(
+                x_RC,
+                x_RC,
+                batch,
+                count,
+                clip_low=0.2,
+                clip_high=0.28,
+                kl_coef=0.3,
+                on_policy=on_policy,
+            )
+            return loss, (means, maxima)
+
+        return jax.value_and_grad(objective, has_aux=True)(logprobs_RC)
 
     def spoil(x_RC):
         return np.where(batch.mask_RC, x_RC, np.float32(rubbish))
 
-    spoiled = batch.replace(
+    spoiled = dataclasses.replace(
+        batch,
         advantage_RC=spoil(batch.advantage_RC),
         old_logprobs_RC=spoil(batch.old_logprobs_RC),
         sampler_logprobs_RC=spoil(batch.sampler_logprobs_RC),
@@ -211,7 +222,7 @@ def test_masked_tokens_contribute_nothing(rubbish, on_policy):
     )
     clean, dirty = run(logprobs_RC, batch), run(spoil(logprobs_RC), spoiled)
     jax.tree.map(np.testing.assert_array_equal, clean, dirty)
-    assert (np.asarray(clean[2])[~batch.mask_RC] == 0).all()
+    assert (np.asarray(clean[1])[~batch.mask_RC] == 0).all()
 
 
 def test_metrics_are_sums_and_counts_over_trained_tokens():
@@ -261,9 +272,9 @@ def every_sequence(stops: bool) -> list[list[int]]:
     return [[0], *([first, second] for first in (1, 2) for second in range(3))]
 
 
-@pytest.mark.parametrize("stops", [False, True])
-@pytest.mark.parametrize("group", [2, 3])
-@pytest.mark.parametrize("on_policy", [True, False])
+@pytest.mark.parametrize(
+    "stops, group, on_policy", [(False, 2, True), (False, 2, False), (True, 3, True)]
+)
 def test_expected_gradient_is_exact(stops, group, on_policy):
     """The mean, over every possible group, of the estimator's gradient.
 

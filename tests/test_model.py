@@ -19,7 +19,7 @@ from grpo.engine.engine import Engine, Request
 from grpo.model.arch import REMAT_CHOICES, Arch
 from grpo.model.decoder import decode_step, head, hidden_states, prefill, rotary, to_decode
 from grpo.model.logprobs import completion_logprobs
-from grpo.model.params import Params, init_params, num_params, param_table
+from grpo.model.params import Params, init_params, map_table, num_params, param_table
 from grpo.model.weights import load_weights, read_arch
 
 UNTIED = dataclasses.replace(ARCH, tied_head=False)
@@ -231,14 +231,15 @@ def test_num_params_counts_a_tied_head_once():
     assert num_params(ARCH) == 32 * 16 + 16 + 2 * layer
     assert num_params(UNTIED) == num_params(ARCH) + 16 * 32
     for arch in (ARCH, UNTIED):
-        made = jax.tree.leaves(toy_params(arch))
-        assert sum(leaf.size for leaf in made) == num_params(arch)
-        assert jax.tree.structure(toy_params(arch)) == jax.tree.structure(
-            param_table(arch), is_leaf=lambda x: not isinstance(x, dict)
-        )
+        made = jax.eval_shape(partial(init_params, arch), jax.random.key(0))
+        assert sum(leaf.size for leaf in jax.tree.leaves(made)) == num_params(arch)
+        shapes = jax.tree.map(lambda leaf: leaf.shape, made)
+        assert shapes == map_table(lambda spec: spec.shape, param_table(arch))
 
 
-@pytest.mark.parametrize("field, value, message", [("num_heads", 5, "multiple"), ("head_width", 3, "even")])
+@pytest.mark.parametrize(
+    "field, value, message", [("num_heads", 5, "multiple"), ("head_width", 3, "even")]
+)
 def test_impossible_shapes_are_errors(field, value, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(ARCH, **{field: value})
@@ -283,10 +284,10 @@ def test_smollm2_gives_the_reference_implementations_values():
     prompts_BQ = np.zeros((len(cases), prompt_len_B.max()), np.int32)
     for row, case in enumerate(cases):
         prompts_BQ[row, : prompt_len_B[row]] = case["prompt_ids"]
-    last_B = prompts_BQ[np.arange(len(cases)), prompt_len_B - 1]
+    last_B = jnp.asarray(prompts_BQ[np.arange(len(cases)), prompt_len_B - 1])
     next_logits = jax.jit(
         lambda weights, prompts_BQ: decode_step(
-            weights, arch, prefill(weights, arch, prompts_BQ), last_B, prompt_len_B - 1
+            weights, arch, prefill(weights, arch, prompts_BQ), last_B, jnp.asarray(prompt_len_B - 1)
         )[0]
     )
     for case, logits_V in zip(cases, next_logits(weights, prompts_BQ), strict=True):
@@ -310,6 +311,4 @@ def test_smollm2_gives_the_reference_implementations_values():
     for completion in completions:
         case = cases[completion.problem]
         assert list(completion.tokens) == case["greedy_ids"], case["prompt"]
-        np.testing.assert_allclose(
-            completion.logprobs, case["greedy_logprobs"], rtol=0, atol=2e-4
-        )
+        np.testing.assert_allclose(completion.logprobs, case["greedy_logprobs"], rtol=0, atol=2e-4)

@@ -119,3 +119,56 @@ def test_ordinary_text_stays_readable():
     assert report.visible("\x1b\u202e") == "\\x1b\\u202e"
     assert report.markdown_cell("a\nb|c", 100) == "a<br>b\\|c"
     assert report.markdown_cell("abcdef", 4) == "abc…"
+
+
+# ---- A run -------------------------------------------------------------------------------------
+
+
+def write_evaluation(workdir, step, texts):
+    folder = workdir / "evaluations"
+    folder.mkdir(exist_ok=True)
+    with (folder / f"step_{step:06d}.jsonl").open("w") as file:
+        for i, text in enumerate(texts):
+            for sample in (0, 1):
+                row = {"uid": f"p{i}", "sample": sample, "prompt": f"ask {i}"}
+                file.write(json.dumps(row | {"completion": f"{text} {sample}"}) + "\n")
+        file.write('{"uid": "p9", "sam')  # being written
+
+
+def test_a_run_is_reported_with_its_first_and_last_completions(tmp_path, capsys):
+    write_run(tmp_path)
+    for step in (0, 20, 40):
+        write_evaluation(tmp_path, step, [f"step {step}: {letter}" for letter in "abcd"])
+    report.report_run(tmp_path)
+    out, table = capsys.readouterr().out, (tmp_path / "before_after.md").read_text()
+    assert (tmp_path / "curves.png").is_file() and "before_after.md" in out
+    assert "| eval/pass_at_1 | 0 | 0.8 | +0.8 |" in table
+    assert "| ask 0 | step 0\\: a 0 | step 40\\: a 0 |" in table
+    assert "before:   step 0: c 0" in out and "after:    step 40: c 0" in out
+    assert "ask 3" not in table + out and "step 20" not in table + out
+
+
+def test_a_single_evaluation_has_no_before(tmp_path, capsys):
+    row = {"step": 0, "eval/pass_at_1": 0.25}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    write_evaluation(tmp_path, 0, ["text"])
+    report.report_run(tmp_path)
+    table = (tmp_path / "before_after.md").read_text()
+    assert "| eval/pass_at_1 | - | 0.25 | - |" in table and "| ask 0 |  | text 0 |" in table
+    assert "after:    text 0" in capsys.readouterr().out
+
+
+def test_a_problem_only_the_last_evaluation_asked_has_no_before(tmp_path):
+    write_evaluation(tmp_path, 0, ["a"])
+    write_evaluation(tmp_path, 5, ["b", "c"])
+    assert report.held_out_examples(tmp_path / "evaluations", 5) == [
+        Example("ask 0", "a 0", "b 0"),
+        Example("ask 1", "", "c 0"),
+    ]
+
+
+def test_a_run_that_was_never_evaluated_has_curves_only(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.5}\n')
+    report.report_run(tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["curves.png", "metrics.jsonl"]
+    assert capsys.readouterr().out.strip().endswith("curves.png")

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 from grpo.model.arch import Arch
 from grpo.model.decoder import to_decode
 from grpo.model.logprobs import completion_logprobs
-from grpo.model.params import Params, init_params, param_table
+from grpo.model.params import Params, ParamSpec, map_table, param_table
 from grpo.policy import Policy
 from grpo.sharding import MESH_AXES, param_shardings
 
@@ -33,12 +33,14 @@ ARCH = Arch(
 
 @functools.cache
 def _drawn(arch: Arch) -> Params:
-    params = jax.tree.map(np.asarray, jax.jit(partial(init_params, arch))(jax.random.key(0)))
     rng = np.random.default_rng(0)
-    arrays = [(params, "final_norm"), *((params["layers"], n) for n in ("attn_norm", "mlp_norm"))]
-    for holder, name in arrays:
-        holder[name] = rng.uniform(0.5, 1.5, holder[name].shape).astype(np.float32)
-    return params
+
+    def draw(spec: ParamSpec) -> np.ndarray:
+        if not spec.fan_in:
+            return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+        return (rng.normal(size=spec.shape) / spec.fan_in**0.5).astype(np.float32)
+
+    return map_table(draw, param_table(arch))
 
 
 def toy_params(arch: Arch = ARCH) -> Params:

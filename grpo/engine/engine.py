@@ -76,6 +76,20 @@ class EngineStats:
     seconds: float = 0.0
 
 
+def _empty_slots(*, arch: Arch, slots: int, length: int, dtype: str) -> Slots:
+    def per_slot(value: int | bool) -> jax.Array:
+        return shard(jnp.full(slots, value), "batch")
+
+    return Slots(
+        cache=empty_cache(arch, slots, length, dtype),
+        token_B=per_slot(0),
+        position_B=per_slot(0),
+        key_B2=shard(jnp.zeros((slots, 2), jnp.uint32), "batch", None),
+        written_B=per_slot(0),
+        active_B=per_slot(False),
+    )
+
+
 def _prefill(weights: Params, tokens_RQ: jax.Array, *, arch: Arch) -> list[KV]:
     return prefill(weights, arch, tokens_RQ)
 
@@ -219,6 +233,10 @@ class Engine:
             max_new=max_new,
             stop_ids=tuple(tokenizer.eos_ids),
         )
+        empty = partial(
+            _empty_slots, arch=arch, slots=slots, length=max_prompt + max_new, dtype=dtype
+        )
+        self._empty = jax.jit(empty)
         self._prefill = jax.jit(partial(_prefill, arch=arch))
         self._insert = jax.jit(_insert, donate_argnums=0)
         self._decode = jax.jit(decode, donate_argnums=1, static_argnames="greedy")
@@ -252,7 +270,7 @@ class Engine:
             for number, request in enumerate(requests)
             for sample in range(request.num_samples)
         )
-        slots = self._empty_slots()
+        slots = self._empty()
         running: list[_Running | None] = [None] * self.num_slots
         halted_B = np.zeros(self.num_slots, bool)
         threshold = max(1, self.num_slots // _REFILL_SHARE)
@@ -294,26 +312,8 @@ class Engine:
 
     def num_compiled(self) -> int:
         """Programs compiled so far; constant once every shape has been seen."""
-        return sum(f._cache_size() for f in (self._prefill, self._insert, self._decode))
-
-    def _empty_slots(self) -> Slots:
-        @jax.jit
-        def make() -> Slots:
-            def per_slot(value: int | bool) -> jax.Array:
-                return shard(jnp.full(self.num_slots, value), "batch")
-
-            return Slots(
-                cache=empty_cache(
-                    self.arch, self.num_slots, self.max_prompt + self.max_new, self.dtype
-                ),
-                token_B=per_slot(0),
-                position_B=per_slot(0),
-                key_B2=shard(jnp.zeros((self.num_slots, 2), jnp.uint32), "batch", None),
-                written_B=per_slot(0),
-                active_B=per_slot(False),
-            )
-
-        return make()
+        programs = (self._empty, self._prefill, self._insert, self._decode)
+        return sum(program._cache_size() for program in programs)
 
     def _refill(
         self,

@@ -64,7 +64,7 @@ def worked_rows(
 
 
 class SftStage:
-    """The cold start of one run, built whole before anything runs (so that every setting is read)."""
+    """The cold start of one run; made before anything runs, so that every setting is read."""
 
     def __init__(self, config: Config, policy: Policy, source: ProblemSource, folder: Path):
         sft, optim = config.sft, config.optim

@@ -1,0 +1,239 @@
+"""The configuration: what it refuses, what it says, and its whole surface."""
+
+import functools
+import json
+import math
+from typing import Any
+
+import pytest
+from tiny_experiment import get_config
+
+from grpo.config import (
+    AlgoConfig,
+    Config,
+    check_all_read,
+    check_types,
+    describe,
+    fields,
+    help_text,
+    sections,
+    track_reads,
+    validate,
+)
+
+
+def tiny(**changes: Any) -> Config:
+    """The tiny experiment with changes: `tiny(algo__kl_coef=0.1)`."""
+    config = get_config()
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        setattr(functools.reduce(getattr, path, config), last, value)
+    return config
+
+
+# Every field there is. A new one is a new promise to users: add it here when that is meant.
+SURFACE = """
+    config: seed num_steps
+    config.model: source width mlp_width num_layers num_heads num_kv_heads compute_dtype remat
+      logprob_chunk
+    config.data: train held_out max_prompt_tokens
+    config.sample: temperature max_new_tokens slots tokens_per_dispatch stop_strings max_gap_nats
+    config.reward: functions workers deadline_s gold_format gold_check max_failure_rate
+      max_timeout_rate
+    config.algo: problems_per_step group_size minibatches microbatch_rows scale_by_std clip_low
+      clip_high kl_coef
+    config.optim: learning_rate warmup_updates decay end_share beta1 beta2 eps weight_decay
+      clip_norm max_bad_updates
+    config.sft: num_steps source rows_per_step microbatch_rows learning_rate warmup_updates
+    config.eval: every num_problems num_samples answer_of
+    config.log: save_every keep_checkpoints rollouts_every
+    config.mesh: data fsdp tensor
+"""
+
+
+def test_the_surface_changes_only_on_purpose():
+    wanted, section = [], ""
+    for word in SURFACE.split():
+        if word.endswith(":"):
+            section = word[:-1]
+        else:
+            wanted.append(f"{section}.{word}")
+    assert sorted(f"{path}.{field.name}" for path, field, _ in fields(Config())) == sorted(wanted)
+
+
+def test_every_section_and_field_is_documented():
+    for path, section in sections(Config()):
+        assert section.__doc__ and not section.__doc__.startswith(type(section).__name__), path
+    for path, field, _ in fields(Config()):
+        assert len(field.metadata["doc"]) >= 4, f"{path}.{field.name}"
+
+
+def test_the_help_shows_every_field_with_its_default():
+    text = help_text(Config())
+    for path, field, value in fields(Config()):
+        assert f"{path}.{field.name}={value!r}" in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_the_defaults_and_the_tiny_experiment_have_the_declared_types():
+    check_types(Config())
+    validate(get_config())
+
+
+def test_sections_are_made_afresh():
+    Config().algo.group_size = 3
+    assert Config().algo.group_size == 8
+
+
+def test_an_unknown_field_is_answered_with_those_that_exist():
+    with pytest.raises(AttributeError) as refused:
+        Config().algo.groupsize = 4
+    message = str(refused.value)
+    assert "AlgoConfig has no field 'groupsize'; it has ['clip_high', 'clip_low'" in message
+    assert message.endswith("Did you mean 'group_size'?")
+    with pytest.raises(AttributeError, match=r"has no field 'zzz'; it has \[[^?]*\]\.$"):
+        Config().algo.zzz = 4
+    with pytest.raises(TypeError, match="groupsize"):
+        AlgoConfig(groupsize=4)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_steps", 2.0),
+        ("num_steps", True),
+        ("num_steps", "3"),
+        ("algo__scale_by_std", 1),
+        ("algo__clip_low", "0.2"),
+        ("algo__clip_low", False),
+        ("sample__stop_strings", "</answer>"),
+        ("sample__stop_strings", ("a", 1)),
+        ("reward__functions", ((1.0,),)),
+        ("reward__functions", ((1.0, "numeric_answer"),)),
+        ("data__train", 3),
+        ("eval__answer_of", "tagged_answer"),
+        ("model", Config().algo),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(name, value):
+    with pytest.raises(TypeError, match=f"config.{name.replace('__', '.')} is "):
+        validate(tiny(**{name: value}))
+
+
+def test_whole_numbers_are_fine_where_fractions_are():
+    validate(tiny(algo__clip_low=1, sample__temperature=2))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_steps": -1}, "num_steps is -1; it cannot be negative"),
+        ({"seed": -1}, "seed is -1; it cannot be negative"),
+        ({"algo__group_size": 1}, "a group needs at least 2"),
+        ({"algo__problems_per_step": 0}, "algo.problems_per_step is 0; it must be positive"),
+        ({"algo__microbatch_rows": -8}, "algo.microbatch_rows is -8; it cannot be negative"),
+        ({"algo__minibatches": 3}, r"\(4\) x group_size \(4\) = 16 rows .* into 3 equal"),
+        (
+            {"algo__minibatches": 2, "algo__microbatch_rows": 3},
+            r"\(4\) x group_size \(4\) / minibatches \(2\) = 8 rows .* microbatches of 3",
+        ),
+        ({"algo__clip_low": 1.5}, r"algo.clip_low is 1.5; it must be in \[0, 1\]"),
+        ({"algo__clip_high": -0.1}, "algo.clip_high is -0.1; it cannot be negative"),
+        ({"algo__kl_coef": math.nan}, "algo.kl_coef is nan; it must be a finite number"),
+        ({"sample__temperature": 0.0}, "needs a positive one"),
+        ({"sample__max_gap_nats": 0.0}, "sample.max_gap_nats is 0.0; it must be positive"),
+        ({"reward__functions": ()}, "nothing to learn from"),
+        ({"reward__functions": ((math.inf, min),)}, "the weight of builtins.min is inf"),
+        ({"reward__gold_format": "42"}, "gold_format must contain {gold}"),
+        ({"reward__max_failure_rate": 2.0}, r"max_failure_rate is 2.0; it must be in \[0, 1\]"),
+        ({"data__train": None}, "nothing to ask"),
+        ({"data__held_out": None}, "eval.every is set, but data.held_out is not"),
+        ({"optim__decay": "step"}, "optim.decay is 'step'; choose from .*'cosine'"),
+        ({"optim__learning_rate": -1e-6}, "optim.learning_rate is -1e-06; it cannot be neg"),
+        (
+            {"optim__warmup_updates": 9, "algo__minibatches": 2},
+            r"warmup_updates is 9, .* num_steps \(4\) x minibatches \(2\) = 8 updates",
+        ),
+        ({"sft__warmup_updates": 5}, r"sft.warmup_updates is 5, .* sft.num_steps = 4 updates"),
+        ({"sft__microbatch_rows": 3}, r"sft.rows_per_step \(8\) .* microbatches of 3"),
+        ({"model__remat": "some"}, "model.remat is 'some'; choose from"),
+        ({"model__compute_dtype": "float16"}, "model.compute_dtype is 'float16'; choose from"),
+        ({"mesh__fsdp": 0}, "mesh.fsdp is 0; it must be positive, or -1"),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused_with_the_sum(changes, message):
+    with pytest.raises(ValueError, match=message):
+        validate(tiny(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim__warmup_updates": 4},
+        {"num_steps": 0, "optim__warmup_updates": 4},  # the cold start alone
+        {"sft__num_steps": 0, "sft__warmup_updates": 99},
+        {"optim__learning_rate": 0.0},
+        {"mesh__data": -1, "mesh__fsdp": 1},
+    ],
+)
+def test_what_is_unusual_but_works_passes(changes):
+    validate(tiny(**changes))
+
+
+# ---- Fields nobody reads -----------------------------------------------------------------------
+
+
+def test_a_changed_field_that_is_not_read_is_an_error():
+    config = Config()
+    config.algo.kl_coef = 0.1
+    track_reads(config)
+    with pytest.raises(ValueError, match=r"config\.algo\.kl_coef=0\.1 \(weight of the k3 KL"):
+        check_all_read(config, Config())
+    _ = config.algo.kl_coef
+    check_all_read(config, Config())
+
+
+def test_a_field_read_before_tracking_began_does_not_count():
+    config = Config()
+    config.algo.kl_coef = 0.1
+    _ = config.algo.kl_coef  # as validate() does
+    track_reads(config)
+    with pytest.raises(ValueError, match="kl_coef"):
+        check_all_read(config, Config())
+
+
+def test_a_field_that_equals_the_baseline_need_not_be_read():
+    config, baseline = Config(), Config()
+    config.algo.kl_coef = Config().algo.kl_coef  # set, but to what it was
+    config.sft.learning_rate = baseline.sft.learning_rate = 0.5  # as the experiment file says
+    track_reads(config)
+    check_all_read(config, baseline)
+
+
+def test_functions_that_get_config_makes_anew_are_not_changes():
+    config = get_config()
+    assert config.eval.answer_of is not get_config().eval.answer_of
+    track_reads(config)
+    check_all_read(config, get_config())
+
+
+# ---- What is written down ----------------------------------------------------------------------
+
+
+def test_a_description_is_json_and_says_everything():
+    plain = describe(get_config())
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["algo"]["group_size"] == 4
+    assert plain["data"]["train"]["class"] == "DigitChain" and plain["data"]["train"]["size"] == 40
+    weight, name = plain["reward"]["functions"][0]
+    assert weight == 1.0 and name.endswith("get_config.<locals>.even")
+    assert plain["eval"]["answer_of"].startswith("tiny_experiment.")
+
+
+def test_a_description_is_the_same_in_every_process():
+    def reward(completion, problem, scale):
+        return scale
+
+    descriptions = [describe(functools.partial(reward, scale=s)) for s in (0.5, 0.5, 0.7)]
+    assert descriptions[0] == descriptions[1] != descriptions[2]
+    assert "0x" not in descriptions[0]

@@ -1,0 +1,358 @@
+"""The rollout engine: what it samples, when it stops, and what must not matter to either."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
+
+from grpo.batch import make_rows
+from grpo.engine.engine import Engine, Request
+from grpo.engine.sampling import inverse_cdf, sample_token
+from grpo.model.decoder import to_decode
+from grpo.model.logprobs import completion_logprobs
+from grpo.model.params import Params, decode_table
+from grpo.sharding import DECODE_RULES, param_shardings
+from grpo.structs import Completion
+
+MAX_PROMPT, MAX_NEW = 6, 12
+TOKENIZER = ToyTokenizer()
+
+# ---- one token -------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled_inverse_cdf():
+    return jax.jit(inverse_cdf)
+
+
+def draw(probability_V: np.ndarray, uniform_B: np.ndarray) -> np.ndarray:
+    rows_BV = np.broadcast_to(probability_V, (len(uniform_B), len(probability_V)))
+    return np.asarray(compiled_inverse_cdf()(rows_BV, uniform_B))
+
+
+def test_frequencies_are_the_probabilities():
+    probability_V = np.array([0.3, 0.0, 0.02, 0.18, 0.25, 0.05, 0.2], np.float32)
+    uniform_B = np.random.default_rng(0).random(20_000, np.float32)
+    count_V = np.bincount(draw(probability_V, uniform_B), minlength=7)
+    possible = probability_V > 0
+    expected = probability_V[possible] * len(uniform_B)
+    chi_square = ((count_V[possible] - expected) ** 2 / expected).sum()
+    assert chi_square < 20.5  # 99.9 % of chi-square with 5 degrees of freedom
+    assert count_V[~possible] == 0
+
+
+@pytest.mark.parametrize("V", [5, 128, 300, 1000])
+def test_an_impossible_token_is_never_drawn(V):
+    """Goals exactly at, just below and just above every edge of the cumulated probabilities."""
+    rng = np.random.default_rng(V)
+    one = np.float32(1)
+    for kind in ("sparse", "first half", "last token", "block ends", "sparse again"):
+        probability_V = rng.random(V).astype(np.float32) ** 4
+        if kind.startswith("sparse"):
+            probability_V[rng.random(V) < 0.6] = 0
+        elif kind == "first half":
+            probability_V[V // 2 :] = 0
+        elif kind == "last token":
+            probability_V[:-1] = 0
+        else:
+            probability_V[(np.arange(V) + 1) % 128 > 1] = 0
+        probability_V[rng.integers(0, V // 2)] += 0.1
+        probability_V /= probability_V.sum()
+        edges = np.cumsum(probability_V)
+        tries = [edges, np.nextafter(edges, 0 * one), np.nextafter(edges, 2 * one)]
+        tries += [np.array([0.0, np.nextafter(one, 0 * one)]), rng.random(500)]
+        uniform_B = np.concatenate(tries).astype(np.float32)
+        token_B = draw(probability_V, np.resize(uniform_B[uniform_B < 1], 4096))
+        assert token_B.min() >= 0 and token_B.max() < V, kind
+        assert (probability_V[token_B] > 0).all(), kind
+
+
+def test_zero_gives_the_first_and_nearly_one_the_last_possible_token():
+    probability_V = np.zeros(300, np.float32)
+    probability_V[[130, 131, 257]] = 0.25, 0.5, 0.25
+    uniform_B = np.array([0, 0.249, 0.251, 0.749, 0.751, np.nextafter(1, 0, dtype=np.float32)])
+    assert draw(probability_V, uniform_B.astype(np.float32)).tolist() == [
+        130, 130, 131, 131, 257, 257,
+    ]  # fmt: skip
+
+
+def test_greedy_ignores_the_random_number():
+    logits_BV = jnp.array([[0, 3, 1], [2, 0, 1]], jnp.float32)
+    for uniform in (0.0, 0.99):
+        token_B, logprob_B = sample_token(
+            logits_BV, jnp.full(2, uniform), jnp.float32(1), greedy=True
+        )
+        assert token_B.tolist() == [1, 0]
+        np.testing.assert_allclose(
+            logprob_B, np.asarray(jax.nn.log_softmax(logits_BV))[[0, 1], [1, 0]], atol=1e-6
+        )
+
+
+# ---- whole rollouts --------------------------------------------------------------------------
+
+
+@functools.cache
+def mesh(devices: int) -> Mesh:
+    return mesh_of(data=4, tensor=2) if devices == 8 else mesh_of()
+
+
+@functools.cache
+def decode_weights(devices: int) -> Params:
+    to_form = partial(to_decode, arch=ARCH, dtype="float32")
+    shardings = param_shardings(decode_table(ARCH), mesh(devices), DECODE_RULES)
+    return jax.jit(to_form, out_shardings=shardings)(toy_params())
+
+
+@functools.cache
+def engine(slots: int = 8, dispatch: int = 5, devices: int = 1, stops: tuple[str, ...] = ()):
+    """An engine, compiled once for all tests that want it."""
+    with jax.set_mesh(mesh(devices)):
+        return Engine(
+            ARCH,
+            TOKENIZER,
+            mesh(devices),
+            max_prompt=MAX_PROMPT,
+            max_new=MAX_NEW,
+            slots=slots,
+            tokens_per_dispatch=dispatch,
+            dtype="float32",
+            stop_strings=stops,
+        )
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 30, length).tolist() for length in (1, 6, 3, 4, 2, 6, 5)]
+
+
+REQUESTS = [Request(prompt, stream, 3) for stream, prompt in enumerate(prompts())]
+
+Samples = dict[tuple[int, int], Completion]
+
+
+def sample(
+    which: Engine,
+    requests: Sequence[Request] = REQUESTS,
+    *,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> Samples:
+    """Everything the engine yields, by (stream, sample)."""
+    devices = which.mesh.size
+    with jax.set_mesh(which.mesh):
+        done = list(
+            which.run(
+                decode_weights(devices), requests, jax.random.key(seed), temperature=temperature
+            )
+        )
+    named = {(requests[c.problem].stream, c.sample): c for c in done}
+    assert len(named) == len(done) == sum(request.num_samples for request in requests)
+    return named
+
+
+@pytest.fixture(scope="module")
+def base() -> Samples:
+    return sample(engine())
+
+
+def assert_same(got: Samples, expected: Samples) -> None:
+    assert got.keys() == expected.keys()
+    for name, completion in got.items():
+        assert completion.tokens == expected[name].tokens, name
+        assert completion.finish == expected[name].finish, name
+        np.testing.assert_allclose(completion.logprobs, expected[name].logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampler_and_trainer_agree_on_every_token(temperature):
+    """The property that the ratio of the loss stands on; in float32 it is an equality."""
+    samples = list(sample(engine(), temperature=temperature).values())
+    batch = make_rows(
+        [REQUESTS[c.problem].prompt for c in samples],
+        [c.tokens for c in samples],
+        max_prompt=MAX_PROMPT,
+        max_new=MAX_NEW,
+    )
+    settings: dict[str, Any] = {"dtype": "float32", "remat": "none", "chunk": MAX_NEW}
+    logprobs_RC, _ = trainer_logprobs(temperature, **settings)(toy_params(), batch)
+    for completion, logprobs_C in zip(samples, np.asarray(logprobs_RC), strict=True):
+        length = len(completion.tokens)
+        np.testing.assert_allclose(completion.logprobs, logprobs_C[:length], rtol=0, atol=1e-5)
+
+
+def trainer_logprobs(temperature: float, **settings: Any):
+    return jax.jit(
+        lambda params, batch: completion_logprobs(
+            params, ARCH, batch, temperature=temperature, **settings
+        )
+    )
+
+
+@pytest.mark.parametrize("slots, dispatch, devices", [(4, 1, 1), (24, 16, 1), (8, 5, 8)])
+def test_topology_does_not_change_a_sample(base, slots, dispatch, devices):
+    """Neither do the slots it may run in, the tokens a dispatch, or the mesh."""
+    assert_same(sample(engine(slots, dispatch, devices)), base)
+
+
+def test_company_does_not_change_a_sample(base):
+    """Neither the order of the requests, nor which others there are."""
+    assert_same(sample(engine(), REQUESTS[::-1]), base)
+    few = sample(engine(), REQUESTS[4:6])
+    assert_same(few, {name: base[name] for name in few})
+
+
+def test_samples_differ_by_number_stream_and_key(base):
+    prompt = REQUESTS[1].prompt
+    twins = sample(engine(), [Request(prompt, 1, 3), Request(prompt, 99, 3)])
+    assert_same(
+        {n: c for n, c in twins.items() if n[0] == 1}, {(1, i): base[1, i] for i in range(3)}
+    )
+    assert len({c.tokens for c in twins.values()}) == 6
+    other = sample(engine(), seed=1)
+    assert all(other[name].tokens != base[name].tokens for name in base)
+
+
+def test_greedy_takes_the_likeliest_token_and_reports_its_probability():
+    samples = sample(engine(), temperature=0.0)
+    assert all(samples[p, 0].tokens == samples[p, g].tokens for p, g in samples)
+    logprobs = np.concatenate([c.logprobs for c in samples.values()])
+    assert (logprobs > -np.log(ARCH.vocab_size)).all()  # the likeliest beats an even share
+
+
+def test_completions_end_for_the_reason_they_give(base):
+    assert {c.finish for c in base.values()} == {"eos", "length"}
+    last = set()
+    for completion in base.values():
+        *body, end = completion.tokens
+        assert len(completion.logprobs) == len(completion.tokens) <= MAX_NEW
+        assert not set(body) & set(TOKENIZER.eos_ids)
+        if completion.finish == "eos":
+            assert end in TOKENIZER.eos_ids  # stopping is an action, and is there to be trained
+            last.add(end)
+        else:
+            assert end not in TOKENIZER.eos_ids and len(completion.tokens) == MAX_NEW
+    assert last == {30, 31}  # both stop tokens stop
+
+
+def cut(completion: Completion, stops: tuple[str, ...]) -> tuple[tuple[int, ...], str]:
+    """Where a completion must end: the shortest prefix whose text holds a stop string."""
+    for end in range(1, len(completion.tokens) + 1):
+        text = TOKENIZER.decode(completion.tokens[:end])
+        if any(stop in text for stop in stops) and completion.tokens[end - 1] < 30:
+            return completion.tokens[:end], "stop"
+    return completion.tokens, completion.finish
+
+
+def stop_strings(samples: Samples) -> tuple[str, str]:
+    """Text over three tokens of one sample, and the first letter of another's two-letter token."""
+    long = next(c.tokens for c in samples.values() if len(c.tokens) == MAX_NEW)
+    across = TOKENIZER.decode(long[4:7])
+    inside = {26: "a", 27: "c", 28: "e", 29: "g"}
+    pair = next(t for c in samples.values() for t in c.tokens if t in inside and t not in long)
+    return across, inside[pair]
+
+
+@pytest.mark.parametrize("dispatch", [1, 16])
+def test_stop_strings_end_at_the_token_that_completes_them(base, dispatch):
+    stops = stop_strings(base)
+    assert len(stops[0]) >= 3
+    expected = {name: cut(completion, stops) for name, completion in base.items()}
+    got = sample(engine(8, dispatch, 1, stops))
+    assert {name: (c.tokens, c.finish) for name, c in got.items()} == expected
+    shortened = [name for name in base if len(expected[name][0]) < len(base[name].tokens)]
+    assert len(shortened) >= 3
+    for name, completion in got.items():
+        length = len(completion.tokens)
+        np.testing.assert_allclose(completion.logprobs, base[name].logprobs[:length], atol=1e-5)
+
+
+def test_one_stop_string_may_lie_across_tokens(base):
+    across = stop_strings(base)[0]
+    hit = [c for c in base.values() if cut(c, (across,))[1] == "stop"]
+    assert hit
+    for completion in hit:
+        end = len(cut(completion, (across,))[0])
+        assert across not in TOKENIZER.decode(completion.tokens[end - 1 : end])
+
+
+# ---- programs --------------------------------------------------------------------------------
+
+
+def test_nothing_compiles_after_warm_up():
+    """Counted by jax itself, so that no program can be forgotten; new prompts, keys and orders."""
+    which = engine()
+    few = REQUESTS[:1]
+    for requests, temperature in itertools.product((REQUESTS, few), (0.8, 0.0)):
+        sample(which, requests, temperature=temperature)
+    programs, compiled = which.num_compiled(), []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for seed, requests in enumerate((REQUESTS, few, REQUESTS[::-1], REQUESTS[2:4])):
+            for temperature in (0.8, 1.3, 0.0):
+                sample(which, requests, temperature=temperature, seed=seed)
+        assert which.num_compiled() == programs and not compiled
+        jax.jit(lambda x: x + seed)(1.0)
+        assert compiled  # the listener listens
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_the_cache_is_written_in_place():
+    """Donated and aliased: a second cache would halve the number of slots that fit."""
+    which = engine()
+    with jax.set_mesh(which.mesh):
+        slots = which._empty()
+        arguments = (decode_weights(1), slots, np.zeros(8, bool), jnp.int32(8), jnp.float32(1))
+        compiled = which._decode.lower(*arguments, greedy=False).compile()
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(slots.cache))
+    expected = 2 * 2 * 8 * (MAX_PROMPT + MAX_NEW) * ARCH.num_kv_heads * ARCH.head_width * 4
+    assert cache_bytes == expected
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
+
+
+def test_stats_count_the_tokens(base):
+    which = engine()
+    samples = sample(which)
+    stats = which.stats
+    assert stats.tokens == sum(len(c.tokens) for c in samples.values())
+    assert stats.tokens <= stats.slot_steps
+    # Each prompt is read once, or once more where a refill parts a group.
+    once = sum(len(request.prompt) for request in REQUESTS)
+    assert once <= stats.prompt_tokens < 3 * once
+
+
+@pytest.mark.parametrize("length", [0, MAX_PROMPT + 1])
+def test_a_prompt_that_does_not_fit_is_an_error(length):
+    with pytest.raises(ValueError, match=f"a prompt of {length} tokens; between 1 and 6"):
+        sample(engine(), [Request([1] * length, 0, 1)])
+
+
+def test_settings_that_cannot_work_are_errors():
+    with pytest.raises(ValueError, match=r"sample.slots \(6\) must be a multiple of .* = 4"):
+        engine(slots=6, devices=8)
+    with pytest.raises(
+        ValueError, match=r"60 \+ .* 12\) = 72|= 72 exceeds the model's 64 positions"
+    ):
+        Engine(
+            ARCH,
+            TOKENIZER,
+            mesh(1),
+            max_prompt=60,
+            max_new=MAX_NEW,
+            slots=8,
+            tokens_per_dispatch=5,
+            dtype="float32",
+        )

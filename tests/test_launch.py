@@ -1,0 +1,193 @@
+"""The command line: what it sets, and one clear line for every mistake."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import logging
+from absl.testing import flagsaver
+
+from grpo.config import Config
+from grpo.launch import load_experiment, main
+from grpo.scoring import RewardFailure
+from grpo.train import train
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "tiny_experiment.py"
+
+
+@pytest.fixture
+def launch(monkeypatch, tmp_path):
+    """Runs a command line in this process; gives what the command was called with."""
+    verbosity = logging.get_verbosity()
+
+    def call(*arguments, command=None, config=TINY):
+        called = []
+        line = [f"--config={config}", f"--workdir={tmp_path / 'run'}", *arguments]
+        monkeypatch.setattr(sys, "argv", ["launch", *line])
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+            main(command or (lambda *args, **named: called.append((*args, named["baseline"]))))
+        return called[0] if called else ended.value.code
+
+    yield call
+    logging.set_verbosity(verbosity)
+
+
+def test_fields_are_set_and_the_baseline_keeps_what_the_file_says(launch, tmp_path):
+    config, workdir, baseline = launch(
+        "--config.algo.group_size=8",
+        "--config.algo.scale_by_std=false",
+        "--config.optim.learning_rate=3",
+        "--config.sample.stop_strings=('a', 'b')",
+        "--config.data.train.size=50",
+    )
+    assert workdir == tmp_path / "run"
+    assert (config.algo.group_size, baseline.algo.group_size) == (8, 4)
+    assert (config.algo.scale_by_std, baseline.algo.scale_by_std) == (False, True)
+    assert config.optim.learning_rate == 3.0 and config.sample.stop_strings == ("a", "b")
+    assert (config.data.train.size, baseline.data.train.size) == (50, 40)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--config.algo.groupsize=4"],
+            "--config.algo.groupsize: AlgoConfig has no field 'groupsize'; it has ['clip_high', "
+            "'clip_low', 'group_size', 'kl_coef', 'microbatch_rows', 'minibatches', "
+            "'problems_per_step', 'scale_by_std']. Did you mean 'group_size'?",
+        ),
+        (["--config.algos.group_size=4"], "Config has no field 'algos'; it has ['algo', 'data',"),
+        (["--config.data.train.sizes=4"], "DigitChain has no field 'sizes'; it has"),
+        (["--config.seed.x=4"], "int has no field 'x'"),
+        (["--config.algo.group_size=abc"], "--config.algo.group_size=abc: invalid literal for int"),
+        (["--config.algo.group_size=4.5"], "--config.algo.group_size=4.5: invalid literal for int"),
+        (["--config.eval.answer_of=f"], "config.eval.answer_of is not supported for overriding"),
+        (["--confg.seed=1"], "Unknown command line flag 'confg.seed'"),
+        (["seed=1"], "unexpected arguments ['seed=1']; fields are set by --config.x=y"),
+    ],
+)
+def test_a_mistyped_command_line(launch, arguments, message):
+    said = launch(*arguments)
+    assert said.startswith("error: ") and message in said and said.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.algo.minibatches=3"], "(4) x group_size (4) = 16 rows cannot be split into 3"),
+        (["--config.sample.slots=6"], "sample.slots (6) must be a multiple of data x fsdp = 4"),
+        (["--config.mesh.data=3"], "3 x 2 x 2 = 12 devices, there are 8"),
+        (
+            ["--config.model.num_heads=3"],
+            "model.width (16) must be a multiple of model.num_heads (3)",
+        ),
+        (["--config.algo.problems_per_step=48"], "data.train has only 40 usable problems"),
+        (["--config.sft.rows_per_step=48"], "the cold start has only 40 worked problems"),
+        (["--config.sft.rows_per_step=6"], "microbatch of 6 rows cannot be split over data x fsdp"),
+        (["--config.reward.gold_format={gold}!"], "config.reward.gold_format='{gold}!' (a right"),
+        (
+            ["--config.sft.num_steps=0", "--config.sft.learning_rate=1"],
+            "config.sft.learning_rate=1.0 (peak",
+        ),
+        (["--config.optim.end_share=0.5"], "config.optim.end_share=0.5 (share of the peak"),
+        (["--config.eval.every=0", "--config.eval.num_samples=8"], "config.eval.num_samples=8 ("),
+        (["--config.model.source=/nowhere"], "/nowhere"),
+    ],
+)
+def test_an_impossible_run_is_refused_before_it_begins(
+    launch, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.setattr("grpo.runinfo.write", lambda *_: pytest.fail("the run began"))
+    said = launch(*arguments, command=train)
+    assert said.startswith("error: ") and message in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, RewardFailure, FloatingPointError])
+def test_an_error_of_the_run_is_one_message_unless_more_is_asked_for(launch, error):
+    def command(*_, **__):
+        raise error("what went wrong")
+
+    assert launch(command=command).startswith("error: what went wrong\n")
+    with pytest.raises(error):
+        launch("--verbosity=1", command=command)
+
+
+def test_a_bug_keeps_its_traceback(launch):
+    def command(*_, **__):
+        raise AssertionError("a bug")
+
+    with pytest.raises(AssertionError):
+        launch(command=command)
+
+
+# ---- Experiment files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("x = 1", "it defines no get_config()"),
+        ("def get_config():\n  return {'a': 1}", "must return a grpo.config.Config, not {'a': 1}"),
+        ("def get_config():\n  pass", "must return a grpo.config.Config, not None"),
+        (
+            "import absent_module",
+            "it raises ModuleNotFoundError: No module named 'absent_module' (l",
+        ),
+        ("\n\nx = 1 / 0", "it raises ZeroDivisionError: division by zero (line 3)"),
+        ("def get_config(:", "it raises SyntaxError: invalid syntax (mine.py, line 1)"),
+        (
+            "from grpo.config import Config\ndef get_config():\n  c = Config()\n  c.sed = 1",
+            "Did you mean 'seed'? (line 4)",
+        ),
+    ],
+)
+def test_an_experiment_file_that_does_not_work(launch, tmp_path, source, message):
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    said = launch(config=path)
+    assert said.startswith(f"error: flag --config={path}: ") and message in said
+
+
+def test_an_experiment_file_that_does_not_exist(launch):
+    assert "absent.py: there is no Python file (looked from " in launch(config="absent.py")
+    assert "there is no Python file" in launch(config=TINY.parent)
+
+
+def test_an_experiment_may_define_dataclasses(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\nimport dataclasses\nfrom grpo.config import Config\n"
+        "@dataclasses.dataclass\nclass Source:\n  size: int = 1\n"
+        "def get_config() -> Config:\n  return Config()\n"
+    )
+    assert load_experiment(str(path))() == Config()
+
+
+# ---- As a user starts it -----------------------------------------------------------------------
+
+
+def run_module(module, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_missing_workdir_ends_with_an_exit_code_and_no_traceback():
+    done = run_module("grpo.launch", f"--config={TINY}")
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.startswith("error: flag --workdir=None: Flag --workdir must have a value")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_fields_can_be_listed():
+    done = run_module("grpo.config")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "config.algo.group_size=8" in done.stdout
