@@ -9,6 +9,8 @@ Command: make demo, or
 Hardware: two CPU cores, 2 GiB.
 """
 
+from typing import Any
+
 from grpo.config import (
     AlgoConfig,
     Config,
@@ -25,11 +27,14 @@ from grpo.data.procedural import DigitChain, SlippedChains
 from rewards.answers import numeric_answer, tagged_answer
 from rewards.formats import r1_format
 
-TERMS = {"min_terms": 3, "max_terms": 4, "high": 6}
+
+def sums(**more: Any) -> DigitChain:
+    """Three or four digits from 1 to 6."""
+    return DigitChain(min_terms=3, max_terms=4, high=6, **more)
 
 
 def get_config() -> Config:
-    problems = DigitChain(**TERMS, size=20_000)
+    problems = sums(size=12_000)
     return Config(
         num_steps=40,
         model=ModelConfig(
@@ -43,7 +48,7 @@ def get_config() -> Config:
         ),
         data=DataConfig(
             train=problems,
-            held_out=DigitChain(**TERMS, size=1_000, held_out=True),
+            held_out=sums(size=1_000, held_out=True),
             max_prompt_tokens=8,
         ),
         sample=SampleConfig(max_new_tokens=60, slots=64, tokens_per_dispatch=16),

@@ -44,7 +44,8 @@ def dump_batch(workdir: Path, step: int, batch: Batch) -> Path:
     folder = workdir / "bad_batches"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:06d}.npz"
-    np.savez_compressed(path, **{name: np.asarray(value) for name, value in vars(batch).items()})
+    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in vars(batch).items()}
+    np.savez_compressed(path, **arrays)
     print(f"step {step}: an update was not finite and was skipped; its batch is in {path}")
     return path
 

@@ -124,8 +124,8 @@ def check_gold(scorer: Scorer, source: ProblemSource, gold_format: str, count: i
     for number, problem in enumerate(problems):
         others = [n for n in range(len(problems)) if problems[n].gold != problem.gold]
         if others:
-            other = min(others, key=lambda n, number=number: (n - number) % len(problems))
-            pairs.append((texts[other], problem, False))
+            following = [n for n in others if n > number] or others
+            pairs.append((texts[following[0]], problem, False))
     scores = scorer.collect([[scorer.submit(text, problem)] for text, problem, _ in pairs])
     solved = scorer.solved_PG(scores)[:, 0]
     for wanted, what in ((True, "right answers rejected"), (False, "wrong answers accepted")):

@@ -15,7 +15,6 @@ An array's name ends in its shape:
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import struct
 
@@ -75,8 +74,7 @@ class Scores:
     statuses: dict[str, list[str]]
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """Fixed-shape rows for the update. A row is one or more sequences side by side.
 
     Attributes:
@@ -103,8 +101,7 @@ class Batch:
     ref_logprobs_RC: Any
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """The only mutable state of a run.
 
     Attributes:
@@ -115,9 +112,9 @@ class TrainState:
       opt_state: what optax keeps.
     """
 
-    step: jax.Array
-    updates: jax.Array
-    bad_updates: jax.Array
+    step: Any
+    updates: Any
+    bad_updates: Any
     params: Any
     opt_state: Any
 

@@ -150,14 +150,14 @@ def accumulate(
     """
     num_tokens = jnp.maximum(batch.mask_RC.sum(), 1).astype(jnp.float32)
 
-    def loss(params: Params, micro: Batch):
+    def loss(params: Params, micro: Batch) -> tuple[jax.Array, tuple[Means, Maxima]]:
         logprobs_RC, entropy_RC = logprobs(params, micro)
         value, means, maxima = objective(logprobs_RC, entropy_RC, micro, num_tokens)
         return value, (means, maxima)
 
     grad = jax.value_and_grad(loss, has_aux=True)
 
-    def add(grads: Params, micro: Batch):
+    def add(grads: Params, micro: Batch) -> tuple[Params, Any]:
         (value, aux), new = grad(params, micro)
         return jax.tree.map(jnp.add, grads, new), (value, aux)
 

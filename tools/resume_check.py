@@ -33,7 +33,9 @@ def metrics(workdir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not any(t in k for t in TIMED)} for row in rows]
 
 
-def killed_run(workdir: Path, flags: list[str], kills: int, seconds: float, seed: int) -> list[float]:
+def killed_run(
+    workdir: Path, flags: list[str], kills: int, seconds: float, seed: int
+) -> list[float]:
     """Runs to the end through `kills` kills; the moments they came, in seconds of running time."""
     rng, moments = random.Random(seed), []
     log = (workdir.parent / "killed.log").open("w")
@@ -65,7 +67,9 @@ def main() -> None:
         subprocess.run(command(straight, args.flags), stdout=log, stderr=log, check=True)
     seconds = time.monotonic() - started
     moments = killed_run(killed, args.flags, args.kills, seconds, args.seed)
-    digests = [json.loads((w / "result.json").read_text())["params_sha256"] for w in (straight, killed)]
+    digests = [
+        json.loads((w / "result.json").read_text())["params_sha256"] for w in (straight, killed)
+    ]
     same_metrics = metrics(straight) == metrics(killed)
     print(
         json.dumps(

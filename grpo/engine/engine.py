@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,7 @@ class Request:
     num_samples: int
 
 
-@struct.dataclass
-class Slots:
+class Slots(struct.PyTreeNode):
     """Device state of the slots; the key/value cache is the bulk of it, updated in place."""
 
     cache: list[KV]
@@ -54,16 +54,18 @@ class Slots:
     active_B: jax.Array
 
 
-@struct.dataclass
-class Fill:
+class Fill(struct.PyTreeNode):
     """What goes into which slot: row b of each array is slot b."""
 
-    take_B: jax.Array  # this slot gets a new sample
-    source_B: jax.Array  # row of the prefill it starts from
-    prompt_len_B: jax.Array
-    last_token_B: jax.Array  # the prompt's last token: its successor is sampled first
-    stream_B: jax.Array
-    sample_B: jax.Array
+    take_B: np.ndarray  # this slot gets a new sample
+    source_B: np.ndarray  # row of the prefill it starts from
+    prompt_len_B: np.ndarray
+    last_token_B: np.ndarray  # the prompt's last token: its successor is sampled first
+    stream_B: np.ndarray
+    sample_B: np.ndarray
+
+
+_Carry = tuple[Any, Slots, jax.Array, jax.Array]  # of the decode loop
 
 
 @dataclasses.dataclass
@@ -104,7 +106,7 @@ def _insert(slots: Slots, prompts: list[KV], fill: Fill, key: jax.Array) -> Slot
         head_BQKH = jnp.where(take_B111, new_BQKH, cache_BSKH[:, :width])
         return jax.lax.dynamic_update_slice(cache_BSKH, head_BQKH, (0, 0, 0, 0))
 
-    def own_key(stream: jax.Array, sample: jax.Array) -> jax.Array:
+    def own_key(stream: Any, sample: Any) -> jax.Array:
         return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, stream), sample))
 
     new_key_B2 = jax.vmap(own_key)(fill.stream_B, fill.sample_B)
@@ -142,7 +144,7 @@ def _decode(
     def draw(key_2: jax.Array, written: jax.Array) -> jax.Array:
         return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_2), written))
 
-    def body(carry):
+    def body(carry: _Carry) -> _Carry:
         i, s, tokens_NB, logprobs_NB = carry
         logits_BV, cache = decode_step(weights, arch, s.cache, s.token_B, s.position_B)
         uniform_B = jax.vmap(draw)(s.key_B2, s.written_B)
@@ -160,7 +162,7 @@ def _decode(
         )
         return i + 1, s, tokens_NB, logprobs_NB
 
-    def more(carry) -> jax.Array:
+    def more(carry: _Carry) -> jax.Array:
         i, s, _, _ = carry
         return (i < num_tokens) & (jnp.sum(~s.active_B) < stop_at)
 
@@ -225,6 +227,8 @@ class Engine:
         # A token is at least a byte, so a stop string lies within this many last tokens; the
         # margin is for a character split over tokens.
         self._stop_window = max((len(s.encode()) for s in stop_strings), default=0) + 4
+        # One width serves every refill: a second would be a second program.
+        self._prefill_rows = math.ceil(slots / _REFILL_SHARE)
         self.stats = EngineStats()
         decode = partial(
             _decode,
@@ -312,7 +316,7 @@ class Engine:
 
     def num_compiled(self) -> int:
         """Programs compiled so far; constant once every shape has been seen."""
-        programs = (self._empty, self._prefill, self._insert, self._decode)
+        programs: Any = (self._empty, self._prefill, self._insert, self._decode)
         return sum(program._cache_size() for program in programs)
 
     def _refill(
@@ -325,20 +329,49 @@ class Engine:
         halted_B: np.ndarray,
         key: jax.Array,
     ) -> Slots:
-        """Gives every idle slot the next sample of the queue; each prompt is prefilled once."""
+        """Gives every idle slot the next sample of the queue, a few prompts at a time."""
         free = [slot for slot, owner in enumerate(running) if owner is None]
-        taken = [queue.popleft() for _ in range(min(len(free), len(queue)))]
-        numbers = sorted({number for number, _ in taken})
-        rows = {number: row for row, number in enumerate(numbers)}
+        while free and queue:
+            taken = self._take(queue, len(free))
+            placed = dict(zip(free, taken, strict=False))
+            free = free[len(taken) :]
+            for slot, (number, sample) in placed.items():
+                running[slot] = _Running(number, sample)
+                halted_B[slot] = False
+            tokens_RQ, fill = self._fill(requests, placed)
+            slots = self._insert(slots, self._prefill(weights, tokens_RQ), fill, key)
+        return slots
+
+    def _take(self, queue: collections.deque[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+        """The next samples, at most so many, of as many prompts as one prefill reads."""
+        taken: list[tuple[int, int]] = []
+        numbers: set[int] = set()
+        while queue and len(taken) < most:
+            if len(numbers | {queue[0][0]}) > self._prefill_rows:
+                break
+            taken.append(queue.popleft())
+            numbers.add(taken[-1][0])
+        return taken
+
+    def _fill(
+        self, requests: Sequence[Request], placed: dict[int, tuple[int, int]]
+    ) -> tuple[np.ndarray, Fill]:
+        """Prompts to prefill, each once, and which of them goes into which slot."""
+        B = self.num_slots
+        rows = {number: row for row, number in enumerate(sorted({n for n, _ in placed.values()}))}
+        tokens_RQ = np.zeros((self._prefill_rows, self.max_prompt), np.int32)
+        for number, row in rows.items():
+            tokens_RQ[row, : len(requests[number].prompt)] = requests[number].prompt
+            self.stats.prompt_tokens += len(requests[number].prompt)
         fill = Fill(
-            take_B=np.zeros(self.num_slots, bool),
-            source_B=np.zeros(self.num_slots, np.int32),
-            prompt_len_B=np.ones(self.num_slots, np.int32),
-            last_token_B=np.zeros(self.num_slots, np.int32),
-            stream_B=np.zeros(self.num_slots, np.uint32),
-            sample_B=np.zeros(self.num_slots, np.int32),
+            take_B=np.zeros(B, bool),
+            source_B=np.zeros(B, np.int32),
+            prompt_len_B=np.ones(B, np.int32),
+            last_token_B=np.zeros(B, np.int32),
+            stream_B=np.zeros(B, np.uint32),
+            sample_B=np.zeros(B, np.int32),
         )
-        for slot, (number, sample) in zip(free, taken, strict=False):
+        for slot, (number, sample) in placed.items():
             request = requests[number]
             fill.take_B[slot] = True
             fill.source_B[slot] = rows[number]
@@ -346,16 +379,7 @@ class Engine:
             fill.last_token_B[slot] = request.prompt[-1]
             fill.stream_B[slot] = request.stream
             fill.sample_B[slot] = sample
-            running[slot] = _Running(number, sample)
-            halted_B[slot] = False
-        # Two widths only, so that two programs serve every refill.
-        narrow = max(1, math.ceil(self.num_slots / _REFILL_SHARE))
-        width = narrow if len(numbers) <= narrow else self.num_slots
-        tokens_RQ = np.zeros((width, self.max_prompt), np.int32)
-        for row, number in enumerate(numbers):
-            tokens_RQ[row, : len(requests[number].prompt)] = requests[number].prompt
-            self.stats.prompt_tokens += len(requests[number].prompt)
-        return self._insert(slots, self._prefill(weights, tokens_RQ), fill, key)
+        return tokens_RQ, fill
 
     def _extend(self, owner: _Running, tokens_N: np.ndarray, logprobs_N: np.ndarray) -> str:
         """Adds a dispatch's tokens to a completion; why it ended, or "" if it goes on."""

@@ -35,7 +35,7 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
 
 
 def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotates pairs (h, h + H/2) by position * theta**(-2h/H) (arXiv:2104.09864, Llama's pairing)."""
+    """Rotates pairs (h, h + H/2) by position * theta**(-2h/H) (arXiv:2104.09864)."""
     half = x_BTNH.shape[-1] // 2
     frequency_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BT1h = positions_BT[..., None, None].astype(jnp.float32) * frequency_h

@@ -10,6 +10,8 @@ from grpo.model.decoder import head, hidden_states
 from grpo.model.params import Params
 from grpo.structs import Batch
 
+Pair = tuple[jax.Array, jax.Array]
+
 
 def chunked_logprobs(
     hidden_RCD: jax.Array,
@@ -18,7 +20,7 @@ def chunked_logprobs(
     *,
     temperature: float,
     chunk: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> Pair:
     """log pi(target) and the entropy of pi, both [R, C] float32 nats.
 
     Scans over chunks of the C axis and recomputes each chunk's logits in the backward pass: the
@@ -34,7 +36,7 @@ def chunked_logprobs(
     targets_nRc = jnp.moveaxis(targets_RC.reshape(R, -1, chunk), 1, 0)
 
     @partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
-    def piece(head_DV: jax.Array, hidden_RcD: jax.Array, targets_Rc: jax.Array):
+    def piece(head_DV: jax.Array, hidden_RcD: jax.Array, targets_Rc: jax.Array) -> Pair:
         weight = head_DV.astype(hidden_RcD.dtype)  # cast here: the gradient adds up in float32
         logits_RcV = jnp.einsum(
             "rcd,dv->rcv", hidden_RcD, weight, preferred_element_type=jnp.float32
@@ -47,7 +49,7 @@ def chunked_logprobs(
         entropy_Rc = normaliser_Rc - jnp.sum(probability_RcV * logits_RcV, axis=-1)
         return chosen_Rc - normaliser_Rc, entropy_Rc
 
-    def step(carry: None, xs: tuple[jax.Array, jax.Array]):
+    def step(carry: None, xs: Pair) -> tuple[None, Pair]:
         return carry, piece(head_DV, *xs)
 
     _, (logprobs_nRc, entropy_nRc) = jax.lax.scan(step, None, (hidden_nRcD, targets_nRc))
@@ -67,7 +69,7 @@ def completion_logprobs(
     dtype: str,
     remat: str,
     chunk: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> Pair:
     """log pi and entropy [R, C] of every completion token of a batch, at the run's temperature.
 
     The one shift of the project is here: the distribution over the token in slot t is read from
