@@ -28,7 +28,7 @@ from rewards.answers import last_number, last_number_text
 
 def get_config() -> Config:
     return Config(
-        num_steps=120,
+        num_steps=60,
         model=ModelConfig(
             source="smollm2-135m-instruct",
             compute_dtype="float32",  # bfloat16 is no faster on a CPU

@@ -24,7 +24,7 @@ def learning_rate(
     optim: OptimConfig, peak: float, warmup: int, total_updates: int
 ) -> optax.Schedule:
     """Linear warm-up to `peak`, then what `optim.decay` says, ending with the last update."""
-    rest = max(total_updates - warmup, 1)
+    rest = max(total_updates - 1 - warmup, 1)  # the last update has number total_updates - 1
     after: optax.Schedule = {
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, peak * optim.end_share, rest),

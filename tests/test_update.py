@@ -295,8 +295,8 @@ def test_the_state_is_donated():
     ],
 )
 def test_learning_rate_at_hand_points(decay, warmup, end_share, expected):
-    """Of 12 updates with a peak of 8, by the number of updates made before."""
-    schedule = learning_rate(OptimConfig(decay=decay, end_share=end_share), 8.0, warmup, 12)
+    """Of 13 updates with a peak of 8, by the number of updates made before."""
+    schedule = learning_rate(OptimConfig(decay=decay, end_share=end_share), 8.0, warmup, 13)
     got = {count: float(schedule(jnp.int32(count))) for count in expected}
     assert got == pytest.approx(expected, abs=1e-5)
 

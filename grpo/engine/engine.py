@@ -242,7 +242,8 @@ class Engine:
         )
         self._empty = jax.jit(empty)
         self._prefill = jax.jit(partial(_prefill, arch=arch))
-        self._insert = jax.jit(_insert, donate_argnums=0)
+        # A partial of its own: engines would share, and count, one cache of programs otherwise.
+        self._insert = jax.jit(partial(_insert), donate_argnums=0)
         self._decode = jax.jit(decode, donate_argnums=1, static_argnames="greedy")
 
     def run(
