@@ -1,6 +1,7 @@
 """From a configuration to the parts of a run: nothing is computed here, everything is checked."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -92,12 +93,13 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
     print(schedule.describe(rate), flush=True)
 
     algo = config.algo
+    on_policy = algo.minibatches == 1  # the ratio is 1: nothing to clip, so the clip is not read
     objective = partial(
         grpo_loss,
-        clip_low=algo.clip_low,
-        clip_high=algo.clip_high,
+        clip_low=1.0 if on_policy else algo.clip_low,
+        clip_high=math.inf if on_policy else algo.clip_high,
         kl_coef=algo.kl_coef,
-        on_policy=algo.minibatches == 1,
+        on_policy=on_policy,
     )
     optimizer = make_optimizer(optim, rate, decayed_params(policy))
     max_prompt = config.data.max_prompt_tokens

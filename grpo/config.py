@@ -129,8 +129,8 @@ class AlgoConfig(Section):
         0, "rows on the devices at one time while gradients add up; 0 takes a whole minibatch"
     )
     scale_by_std: bool = doc(True, "divide advantages by the group's deviation (Dr. GRPO: False)")
-    clip_low: float = doc(0.2, "how far the ratio may fall below 1")
-    clip_high: float = doc(0.28, "how far the ratio may rise above 1")
+    clip_low: float = doc(0.2, "how far the ratio may fall below 1; needs minibatches > 1")
+    clip_high: float = doc(0.28, "how far the ratio may rise above 1; needs minibatches > 1")
     kl_coef: float = doc(0.0, "weight of the k3 KL to the initial policy; 0 keeps no reference")
 
 

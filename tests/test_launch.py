@@ -93,6 +93,7 @@ def test_a_mistyped_command_line(launch, arguments, message):
             "config.sft.learning_rate=1.0 (peak",
         ),
         (["--config.optim.end_share=0.5"], "config.optim.end_share=0.5 (share of the peak"),
+        (["--config.algo.clip_high=0.3"], "config.algo.clip_high=0.3 (how far the ratio"),
         (["--config.eval.every=0", "--config.eval.num_samples=8"], "config.eval.num_samples=8 ("),
         (["--config.model.source=/nowhere"], "/nowhere"),
     ],
