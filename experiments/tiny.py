@@ -59,9 +59,9 @@ def get_config() -> Config:
         algo=AlgoConfig(problems_per_step=16, group_size=8),
         optim=OptimConfig(learning_rate=2e-4, warmup_updates=3, decay="linear", end_share=0.1),
         sft=SftConfig(
-            num_steps=160,
-            source=SlippedChains(source=problems, slip_rate=0.6),
-            rows_per_step=64,
+            num_steps=320,
+            source=SlippedChains(source=problems, slip_rate=0.58),
+            rows_per_step=32,
             learning_rate=2e-3,
         ),
         eval=EvalConfig(every=10, num_problems=128, num_samples=4, answer_of=tagged_answer),

@@ -38,8 +38,8 @@ def main(command: Callable[..., Any]) -> None:
         if len(argv) > 1:
             sys.exit(f"error: unexpected arguments {argv[1:]}; fields are set by --config.x=y")
         verbose = flags.FLAGS.verbosity > 0
-        if flags.FLAGS["verbosity"].using_default_value:
-            logging.set_verbosity(logging.WARNING)  # the default shows every checkpoint's details
+        if flags.FLAGS.verbosity == 0:  # what app.run makes of the default
+            logging.set_verbosity(logging.WARNING)  # libraries tell every checkpoint's details
         try:
             command(config_flag.value, Path(workdir.value), baseline=experiment.baseline)
         except (ValueError, TypeError, OSError, RewardFailure, FloatingPointError) as error:
