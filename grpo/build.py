@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -104,7 +105,8 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
     optimizer = make_optimizer(optim, rate, decayed_params(policy))
     max_prompt = config.data.max_prompt_tokens
     assert config.data.train is not None  # validate() saw to it
-    problems = _usable(policy.tokenizer, config.data.train, max_prompt, "train")
+    check = config.data.check_reference
+    problems = _usable(policy.tokenizer, config.data.train, max_prompt, check, "train")
     if len(problems) < algo.problems_per_step:
         raise ValueError(
             f"algo.problems_per_step is {algo.problems_per_step}, but data.train has only "
@@ -158,16 +160,34 @@ def _read_what_the_loop_reads(config: Config) -> None:
 def _evaluator(config: Config, policy: Policy, engine: Engine, scorer: Scorer) -> Evaluator:
     assert config.data.held_out is not None  # validate() saw to it
     first = Slice(source=config.data.held_out, start=0, stop=config.eval.num_problems)
-    source = _usable(policy.tokenizer, first, engine.max_prompt, "held-out")
+    check = config.data.check_reference
+    source = _usable(policy.tokenizer, first, engine.max_prompt, check, "held-out")
     return Evaluator(engine, scorer, source, config.eval, config.sample.temperature, config.seed)
 
 
 def _usable(
-    tokenizer: Tokenizer, source: ProblemSource, max_prompt: int, name: str
+    tokenizer: Tokenizer,
+    source: ProblemSource,
+    max_prompt: int,
+    check_reference: Callable[[Any], str | None] | None,
+    name: str,
 ) -> ProblemSource:
+    """The problems whose prompts fit and whose references can be read; tells what was dropped."""
     indices, dropped = usable_indices(
         tokenizer, source, max_prompt, lambda n, of: print(f"reading {name} problems {n}/{of}")
     )
-    note = f"; {dropped} dropped, their prompts exceed {max_prompt} tokens" if dropped else ""
-    print(f"{name} problems: {len(indices)}{note}", flush=True)
+    notes = [f"{dropped} dropped, their prompts exceed {max_prompt} tokens"] if dropped else []
+    if check_reference is not None:
+        faults = {i: check_reference(source[i].reference) for i in indices}
+        bad = [i for i in indices if faults[i] is not None]
+        if bad:
+            first = source[bad[0]]
+            notes.append(
+                f"{len(bad)} dropped for their references; the first, {first.uid!r}: "
+                f"{first.reference!r}: {faults[bad[0]]}"
+            )
+            indices = [i for i in indices if faults[i] is None]
+        if not indices:
+            raise ValueError(f"none of the {name} problems is usable: {'; '.join(notes)}")
+    print("; ".join([f"{name} problems: {len(indices)}", *notes]), flush=True)
     return _Subset(source, indices)

@@ -81,6 +81,11 @@ class DataConfig(Section):
     max_prompt_tokens: int = doc(
         256, "longer prompts are dropped when the run starts, counted and reported"
     )
+    check_reference: Callable[[Any], str | None] | None = doc(
+        None,
+        "reference -> what is wrong with it, or None; problems with a bad one are dropped when "
+        "the run starts, counted and reported (rewards.math_answer.check_reference)",
+    )
 
 
 @dataclasses.dataclass

@@ -42,7 +42,8 @@ def sample_and_score(
     done: dict[tuple[int, int], tuple[Completion, Future[list[Score]]]] = {}
     for completion in engine.run(weights, requests, key, temperature=temperature):
         text = tokenizer.decode(completion.tokens)
-        future = scorer.submit(text, problems[completion.problem])
+        facts = {"length_tokens": len(completion.tokens), "finish_reason": completion.finish}
+        future = scorer.submit(text, problems[completion.problem], facts)
         done[completion.problem, completion.sample] = completion, future
     sampled = time.monotonic()
     order = [[done[p, g] for g in range(group_size)] for p in range(len(problems))]

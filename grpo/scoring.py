@@ -8,10 +8,11 @@ import numpy as np
 from grpo.config import RewardConfig
 from grpo.data.sources import ProblemSource
 from grpo.structs import Scores
-from rewards.api import Problem, Score
+from rewards.api import Facts, Problem, Score
 from rewards.pool import RewardPool
 
 SOLVED = 1.0 - 1e-6  # the verifier's score from which on a completion counts as right
+_TROUBLES = ("timeouts", "crashes", "lost", "unavailable", "retries", "restarts")
 _MAX_WRONG_GOLD = 0.05  # share of gold answers that may be judged wrongly before a run refuses
 
 
@@ -33,6 +34,7 @@ class Scorer:
             config.functions, workers=config.workers, deadline_s=config.deadline_s
         )
         self.names: list[str] = list(self._pool.names)
+        self._counted: dict[str, int] = {}  # the pool's counts at the last report
 
     def __enter__(self) -> "Scorer":
         return self
@@ -40,9 +42,9 @@ class Scorer:
     def __exit__(self, *_: object) -> None:
         self._pool.close()
 
-    def submit(self, text: str, problem: Problem) -> "Future[list[Score]]":
-        """Starts judging one completion; does not wait."""
-        return self._pool.submit(text, problem)
+    def submit(self, text: str, problem: Problem, facts: Facts) -> "Future[list[Score]]":
+        """Starts judging one completion; `facts` are the `rewards.api.FACTS` of it."""
+        return self._pool.submit(text, problem, facts)
 
     def collect(self, futures_PG: Sequence[Sequence["Future[list[Score]]"]]) -> Scores:
         """Waits for every judgement. A row with any failed component is invalid as a whole."""
@@ -64,7 +66,10 @@ class Scorer:
         return (scores.components[self.names[0]] >= SOLVED) & scores.valid_PG
 
     def metrics(self, scores: Scores) -> dict[str, float]:
-        """Means over the valid rows, and how often verifiers failed or ran out of time."""
+        """Means over the valid rows, and how often verifiers failed or ran out of time.
+
+        `reward/pool/...` count what went wrong since the last call (see `RewardPool.counts`).
+        """
         valid_PG = scores.valid_PG
         count = max(int(valid_PG.sum()), 1)
         report = {
@@ -75,6 +80,10 @@ class Scorer:
         }
         for name, value_PG in scores.components.items():
             report[f"reward/component/{name}"] = float(value_PG.sum(where=valid_PG) / count)
+        counts = self._pool.counts()
+        for event in _TROUBLES:
+            report[f"reward/pool/{event}"] = float(counts[event] - self._counted.get(event, 0))
+        self._counted = counts
         return report
 
     def check_rates(self, scores: Scores) -> None:
@@ -96,6 +105,11 @@ class Scorer:
                 f"{self.max_timeout_rate:.0%}): {counts}; raise reward.deadline_s or make the "
                 "reward faster, then run the same command again"
             )
+
+
+def _as_if_sampled(text: str) -> Facts:
+    """What a reward may ask for; a gold answer is short, so its length need not be exact."""
+    return {"length_tokens": len(text) // 4 + 1, "finish_reason": "eos"}
 
 
 def _timeout_rate(scores: Scores) -> float:
@@ -126,7 +140,9 @@ def check_gold(scorer: Scorer, source: ProblemSource, gold_format: str, count: i
         if others:
             following = [n for n in others if n > number] or others
             pairs.append((texts[following[0]], problem, False))
-    scores = scorer.collect([[scorer.submit(text, problem)] for text, problem, _ in pairs])
+    scores = scorer.collect(
+        [[scorer.submit(text, problem, _as_if_sampled(text))] for text, problem, _ in pairs]
+    )
     solved = scorer.solved_PG(scores)[:, 0]
     for wanted, what in ((True, "right answers rejected"), (False, "wrong answers accepted")):
         asked = [n for n, (_, _, right) in enumerate(pairs) if right is wanted]

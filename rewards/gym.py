@@ -12,7 +12,8 @@ def gym_reward(completion: str, problem: Problem) -> float:
     """What the task's scorer gives the answer block, within [0, 1].
 
     Several tasks give partial credit, and some a few hundredths for any attempt. A scorer that
-    raises has met an answer it could not read, which is a wrong answer.
+    raises has met an answer it could not read, which is a wrong answer. So is one with digits that
+    are not ASCII, which many of the scorers take: Python's `int` and `float` do.
 
     Raises:
       ValueError: the problem is not one of `GymProblems`.
@@ -25,6 +26,8 @@ def gym_reward(completion: str, problem: Problem) -> float:
         raise ValueError("game_of_life_halting scores every answer as right, so it teaches nothing")
     scorer = _scorer(name, json.dumps(config, sort_keys=True))
     if answer is None or not answer.strip():
+        return 0.0
+    if any(character.isdigit() and not character.isascii() for character in answer):
         return 0.0
     try:
         score = float(scorer.score_answer(answer=answer.strip(), entry=problem.meta["gym_entry"]))

@@ -6,8 +6,8 @@ fork of a process with everything imported costs a millisecond, so killing a wor
 
 On the control socket: one frame in (`Setup`), one JSON line out for each thing loaded, then
 commands in, each a verb and a worker's number, a fork with the worker's socket beside it. On a
-worker's socket: frames (component indices, pickled job) in; "ready", then one JSON line for each
-reward out. The worker knows no deadlines; the trainer's side owns the clock.
+worker's socket: frames (component indices, pickled rows) in; "ready", then for each component one
+JSON line out, a list of scores. The worker knows no deadlines; the trainer's side owns the clock.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
-from rewards.api import Problem, Reward, Score, Status, judge
+from rewards.api import Batched, Reward, Row, Score, Status, judge, judge_batch, parts
 
 COMMAND = struct.Struct("!cQ")
 FORK, KILL = b"F", b"K"
@@ -83,15 +83,20 @@ def _read_frame(stream: BinaryIO) -> Any:
     return pickle.loads(stream.read(_LENGTH.unpack(header)[0]))
 
 
-def _load(control: socket.socket, setup: Setup) -> list[Reward]:
+def _load(control: socket.socket, setup: Setup) -> list[Reward | Batched]:
     """Imports everything, reporting after each thing; exits at the first that fails."""
-    functions: list[Reward] = []
+    functions: list[Reward | Batched] = []
     try:
         for name in setup.preload:
             importlib.import_module(name)
             _send_line(control, None)
         for payload in setup.functions:
             functions.append(pickle.loads(payload))
+            for part in parts(functions[-1]):
+                home = sys.modules.get(getattr(part, "__module__", ""))
+                for name in getattr(home, "PRELOAD", ()):  # what its body imports
+                    importlib.import_module(name)
+            _start(functions[-1], "prepare")
             _send_line(control, None)
     except BaseException:
         _send_line(control, traceback.format_exc()[-4_000:])
@@ -99,12 +104,23 @@ def _load(control: socket.socket, setup: Setup) -> list[Reward]:
     return functions
 
 
+def _start(function: Reward | Batched, stage: str) -> None:
+    """Lets a reward begin what it needs: `prepare` in the zygote, `warm_up` in each worker."""
+    for part in parts(function):
+        begin = getattr(part, stage, None)
+        if begin is not None:
+            begin()
+
+
 def _send_line(sock: socket.socket, content: object) -> None:
     sock.sendall(json.dumps(content).encode() + b"\n")
 
 
 def _serve(
-    control: socket.socket, functions: Sequence[Reward], memory_bytes: int | None, parent: int
+    control: socket.socket,
+    functions: Sequence[Reward | Batched],
+    memory_bytes: int | None,
+    parent: int,
 ) -> None:
     alive: dict[int, int] = {}  # worker's number -> pid
     dying: list[int] = []
@@ -134,7 +150,7 @@ def _kill_group(pid: int) -> None:
 
 
 def _fork(
-    control: socket.socket, fd: int, functions: Sequence[Reward], memory_bytes: int | None
+    control: socket.socket, fd: int, functions: Sequence[Reward | Batched], memory_bytes: int | None
 ) -> int:
     zygote = os.getpid()
     pid = os.fork()
@@ -174,28 +190,31 @@ def _confine(zygote: int, memory_bytes: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _work(fd: int, functions: Sequence[Reward]) -> None:
+def _work(fd: int, functions: Sequence[Reward | Batched]) -> None:
     """Answers jobs one at a time until the socket is closed."""
     os.set_inheritable(fd, False)
     sock = socket.socket(fileno=fd)
     stream = sock.makefile("rb")
+    for function in functions:
+        _start(function, "warm_up")
     sock.sendall(READY)
     while True:
         try:
-            indices, payload = _read_frame(stream)
+            indices, payloads = _read_frame(stream)
         except EOFError:
             os._exit(0)
         for index in indices:
-            score = _score(functions[index], payload)
-            _send_line(sock, dataclasses.astuple(score))
+            scores = _score(functions[index], payloads)
+            _send_line(sock, [dataclasses.asdict(score) for score in scores])
 
 
-def _score(function: Reward, payload: bytes) -> Score:
-    """Unpickles the job anew for each reward, so that none sees what another did to the problem."""
+def _score(function: Reward | Batched, payloads: Sequence[bytes]) -> list[Score]:
+    """Unpickles the rows anew for each reward, so that none sees what another did to a problem."""
     try:
-        completion: str
-        problem: Problem
-        completion, problem = pickle.loads(payload)
+        rows: list[Row] = [pickle.loads(payload) for payload in payloads]
     except Exception as error:
-        return Score(0.0, False, Status.CRASH, f"the problem cannot be unpickled: {error!r:.200}")
-    return judge(function, completion, problem)
+        detail = f"the problem cannot be unpickled: {error!r:.200}"
+        return [Score(0.0, False, Status.CRASH, detail)] * len(payloads)
+    if isinstance(function, Batched):
+        return judge_batch(function, rows)
+    return [judge(function, *row) for row in rows]

@@ -36,7 +36,7 @@ SURFACE = """
     config: seed num_steps
     config.model: source width mlp_width num_layers num_heads num_kv_heads compute_dtype remat
       logprob_chunk
-    config.data: train held_out max_prompt_tokens
+    config.data: train held_out max_prompt_tokens check_reference
     config.sample: temperature max_new_tokens slots tokens_per_dispatch stop_strings max_gap_nats
     config.reward: functions workers deadline_s gold_format gold_check max_failure_rate
       max_timeout_rate

@@ -1,22 +1,35 @@
 """The reward pool: what it says of rewards that misbehave, and what it leaves behind."""
 
+import asyncio
 import dataclasses
+import email.message
 import functools
 import importlib.util
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rewards.api import Component, Problem, Score, Status
+from rewards.api import (
+    Batched,
+    Component,
+    Problem,
+    Score,
+    Status,
+    Unavailable,
+    Verdict,
+    score_inline,
+)
+from rewards.formats import r1_format
+from rewards.gates import gated
 from rewards.pool import RewardPool
 
 DEADLINE_S = 0.3
@@ -309,7 +322,9 @@ pool.submit("c", test_pool.asked()).result()
     assert eventually(lambda: all(map(gone, pids)))
 
 
-@pytest.mark.parametrize("wrong", [{"workers": 0}, {"deadline_s": 0}, {"jobs_per_worker": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"workers": 0}, {"deadline_s": 0}, {"jobs_per_worker": 0}, {"max_open": 0}]
+)
 def test_impossible_pools_are_refused(wrong):
     with pytest.raises(ValueError, match="a pool needs"):
         RewardPool([(1.0, same)], **wrong)
@@ -317,34 +332,293 @@ def test_impossible_pools_are_refused(wrong):
         RewardPool([])
 
 
-def test_stored_completions_can_be_scored_again(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "def twice(completion, problem):\n"
-        "    if completion == 'bug': raise KeyError\n"
-        "    return float(completion == 2 * problem.reference)\n"
-    )
-    common: dict[str, Any] = {
-        "step": 3,
-        "uid": "u7",
-        "prompt": "?",
-        "finish_reason": "eos",
-        "scores": {},
-    }
-    common["problem"] = {"uid": "u7", "reference": "ab", "gold": None, "meta": {}}
-    rows = [("abab", 1.0), ("ab\u2028", 1.0), ("bug", 0.0), ("\ud800", 0.0)]
-    with (tmp_path / "rollouts.jsonl").open("w") as file:
-        for sample, (completion, reward) in enumerate(rows):
-            row = common | {"sample": sample, "completion": completion, "reward": reward}
-            file.write(json.dumps(row) + "\n")
+# ---- What a reward may say and ask -------------------------------------------------------------
+
+
+def says_why(completion: str, problem: Problem) -> float:
+    return Verdict(0.5, "half", completion)
+
+
+def asks(completion: str, problem: Problem, *, length_tokens: int, limit: int = 10) -> float:
+    return float(length_tokens <= limit)
+
+
+async def awaited(completion: str, problem: Problem) -> float:
+    return float(completion == problem.reference)
+
+
+def test_verdicts_arrive():
+    with RewardPool([(1.0, says_why)], workers=1) as pool:
+        (score,) = scored(pool, "\ud800" + "x" * 1_000)
+    assert (score.value, score.reason, score.status) == (0.5, "half", Status.OK)
+    assert score.extracted == "\ud800" + "x" * 499 and 0 <= score.seconds < WAIT_S
+
+
+def test_facts_go_to_those_that_ask():
+    strict = functools.partial(asks, limit=3)
+    components: list[Component] = [(1.0, asks), (1.0, gated(strict, by=same)), (1.0, awaited)]
+    with RewardPool(components, workers=1) as pool:
+        assert pool.names == ("asks", "asks_if_same", "awaited")
+        facts = {"length_tokens": 5, "finish_reason": "eos"}
+        scores = pool.submit("a", asked("a"), facts).result(WAIT_S)
+        assert scores == score_inline(components, "a", asked("a"), facts)
+        assert [score.value for score in scores] == [1.0, 0.0, 1.0]
+        missing, *_ = scored(pool, "a", "a")
+        assert missing.status == Status.CRASH and "length_tokens" in missing.detail
+
+
+def test_a_reward_that_asks_for_what_nobody_knows_is_refused():
+    def wants(completion: str, problem: Problem, *, temperature: float) -> float:
+        return temperature
+
+    with pytest.raises(TypeError, match="'wants' asks for temperature, .*may ask for length_tok"):
+        RewardPool([(1.0, same), (1.0, wants)])
+
+
+def test_a_gate_within_a_notebook_goes_by_value():
+    notebook: dict[str, Any] = {"__name__": "__main__"}
+    exec("def short(completion, problem): return float(len(completion) < 3)", notebook)
+    with RewardPool([(1.0, gated(same, by=notebook["short"]))], workers=1) as pool:
+        assert scored(pool, "ab", "ab")[0].value == 1.0
+        assert scored(pool, "abc", "abc")[0].value == 0.0
+
+
+# ---- Counters and the bound --------------------------------------------------------------------
+
+
+def test_everything_is_counted():
+    components = [(1.0, as_told), (1.0, same)]
+    with RewardPool(components, workers=1, deadline_s=DEADLINE_S) as pool:
+        for completion in ("hang", "raise", "exit hard", "nan", "modules"):
+            scored(pool, completion)
+        assert pool.counts() == {
+            "submitted": 5,
+            "finished": 5,
+            "cancelled": 0,
+            "timeouts": 1,
+            "crashes": 1,
+            "lost": 1,
+            "bad_values": 1,
+            "bad_references": 0,
+            "unavailable": 0,
+            "retries": 0,
+            "restarts": 3,
+            "open": 0,
+        }
+
+
+def test_a_full_pool_makes_the_caller_wait():
+    with RewardPool([(1.0, as_told)], workers=1, deadline_s=WAIT_S, max_open=2) as pool:
+        futures = [pool.submit("hang", asked()), pool.submit("modules", asked())]
+        assert eventually(futures[0].running)
+        third: list[Any] = []
+
+        def submit() -> None:
+            try:
+                third.append(pool.submit("modules", asked()))
+            except RuntimeError as error:
+                third.append(str(error))
+
+        caller = threading.Thread(target=submit)
+        caller.start()
+        caller.join(0.1)
+        assert caller.is_alive() and pool.counts()["open"] == 2
+        assert futures[1].cancel()
+        pool.close()
+        caller.join(WAIT_S)
+        assert third == ["the reward pool is closed"]
+
+
+def test_room_is_made_by_what_finishes():
+    with RewardPool([(1.0, same)], workers=1, max_open=3) as pool:
+        futures = [pool.submit(str(i), asked(str(i))) for i in range(50)]
+        assert [future.result(WAIT_S)[0].value for future in futures] == [1.0] * 50
+        assert pool.counts()["open"] == 0
+
+
+# ---- Batched rewards ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """A batch function that keeps a diary, and fails in the way and as often as it is told."""
+
+    diary: str
+    failure: str = ""
+    times: int = 0
+
+    def __call__(self, completions: list[str], problems: list[Problem]) -> list[Any]:
+        with open(self.diary, "a") as file:
+            file.write(" ".join(completions) + "\n")
+        if len(Path(self.diary).read_text().splitlines()) <= self.times:
+            self.fail()
+        return [
+            float(text == problem.reference) for text, problem in self.pairs(completions, problems)
+        ]
+
+    def pairs(self, completions: list[str], problems: list[Problem]) -> Any:
+        return zip(completions, problems, strict=True)
+
+    def fail(self) -> None:
+        if self.failure == "hang":
+            signal.pause()
+        if self.failure == "exit":
+            os._exit(0)
+        raise {
+            "refused": ConnectionRefusedError(),
+            "429": urllib.error.HTTPError("u", 429, "slow down", email.message.Message(), None),
+            "503": urllib.error.HTTPError("u", 503, "busy", email.message.Message(), None),
+            "401": urllib.error.HTTPError("u", 401, "who?", email.message.Message(), None),
+            "unavailable": Unavailable("later"),
+            "bug": ValueError("a bug"),
+        }[self.failure]
+
+
+def batch_of(diary: Path, **settings: Any) -> Batched:
+    told = {name: settings.pop(name) for name in ("failure", "times") if name in settings}
+    defaults = {"size": 4, "wait_s": 0.05, "backoff_s": 0.01, "parallel": 1}
+    return Batched(Service(str(diary), **told), **{**defaults, **settings})
+
+
+def test_batches_fill_up_and_each_future_gets_its_own(tmp_path):
+    diary = tmp_path / "diary"
+    with RewardPool([(1.0, batch_of(diary, wait_s=WAIT_S)), (1.0, same)], workers=1) as pool:
+        assert pool.names == ("Service", "same")
+        futures = [pool.submit(str(i), asked(str(i - i % 2))) for i in range(8)]
+        for i, future in enumerate(futures):
+            assert future.result(WAIT_S) == [Score(float(i % 2 == 0), True, Status.OK)] * 2
+    assert diary.read_text() == "0 1 2 3\n4 5 6 7\n"
+
+
+def test_a_batch_does_not_wait_for_ever(tmp_path):
+    diary = tmp_path / "diary"
+    with RewardPool([(1.0, batch_of(diary))]) as pool:
+        assert scored(pool, "a", "a") == [Score(1.0, True, Status.OK)]
+    assert diary.read_text() == "a\n"
+
+
+@pytest.mark.parametrize("failure", ["refused", "429", "503", "unavailable", "hang"])
+def test_a_service_that_is_down_is_asked_again(tmp_path, failure):
+    batched = batch_of(tmp_path / "d", failure=failure, times=2, timeout_s=DEADLINE_S)
+    with RewardPool([(1.0, batched)]) as pool:
+        assert scored(pool, "a", "a") == [Score(1.0, True, Status.OK)]
+        assert pool.counts()["retries"] == 2 and pool.counts()["unavailable"] == 0
+
+
+def test_a_service_that_stays_down_is_a_failure_and_no_zero(tmp_path):
+    batched = batch_of(tmp_path / "d", failure="503", times=99, retries=2)
+    with RewardPool([(1.0, batched), (1.0, same)], workers=1) as pool:
+        down, fine = scored(pool, "a", "a")
+    assert (down.value, down.valid, down.status) == (0.0, False, Status.UNAVAILABLE)
+    assert "503" in down.detail and fine == Score(1.0, True, Status.OK)
+    assert len((tmp_path / "d").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("failure", ["401", "bug"])
+def test_what_is_no_failure_of_the_service_is_not_tried_again(tmp_path, failure):
+    with RewardPool([(1.0, batch_of(tmp_path / "d", failure=failure, times=9))]) as pool:
+        futures = [pool.submit(text, asked()) for text in "ab"]
+        assert {future.result(WAIT_S)[0].status for future in futures} == {Status.CRASH}
+    assert len((tmp_path / "d").read_text().splitlines()) <= 2
+
+
+def test_verdicts_are_not_asked_for_again(tmp_path):
+    """Of a batch, only the rows without an answer go back."""
+
+    def first_only(completions: list[str], problems: list[Problem]) -> list[Any]:
+        with open(problems[0].reference, "a") as file:
+            file.write(" ".join(completions) + "\n")
+        busy = Score(0.0, False, Status.UNAVAILABLE, "busy")
+        return [1.0, *[busy] * (len(completions) - 1)]
+
+    batched = Batched(first_only, size=3, wait_s=WAIT_S, backoff_s=0.0, retries=9, parallel=1)
+    with RewardPool([(1.0, batched)]) as pool:
+        futures = [pool.submit(text, asked(str(tmp_path / "d"))) for text in "abc"]
+        assert [future.result(WAIT_S)[0].value for future in futures] == [1.0] * 3
+    asked_for = [set(line.split()) for line in (tmp_path / "d").read_text().splitlines()]
+    assert [len(names) for names in asked_for] == [3, 2, 1]
+
+
+def test_a_batch_whose_worker_dies_is_tried_one_by_one(tmp_path):
+    def poisoned(completions: list[str], problems: list[Problem]) -> list[float]:
+        if "poison" in completions:
+            os._exit(0)
+        return [1.0] * len(completions)
+
+    with RewardPool([(1.0, Batched(poisoned, size=3, wait_s=WAIT_S, parallel=1))]) as pool:
+        futures = [pool.submit(text, asked()) for text in ("a", "poison", "b")]
+        statuses = [future.result(WAIT_S)[0].status for future in futures]
+    assert statuses == [Status.OK, Status.LOST, Status.OK]
+
+
+@pytest.mark.parametrize(
+    ("values", "status", "detail"),
+    [
+        ([1.0], Status.CRASH, "2 completions went in, 1 values came out"),
+        ([0.5, None], Status.BAD_VALUE, "got NoneType"),
+        ([0.5, 2.0], Status.BAD_VALUE, "got 2.0"),
+    ],
+)
+def test_a_batch_with_a_bad_value(values, status, detail):
+    def told(completions: list[str], problems: list[Problem]) -> Any:
+        return values
+
+    with RewardPool([(1.0, Batched(told, size=2, wait_s=WAIT_S, parallel=1))]) as pool:
+        futures = [pool.submit("", asked()) for _ in range(2)]
+        scores = [future.result(WAIT_S)[0] for future in futures]
+    assert scores[1].status == status and detail in scores[1].detail
+    assert scores[0].valid == (len(values) == 2)
+
+
+def test_an_async_batch_overlaps_its_own_waiting():
+    async def judge(completions: list[str], problems: list[Problem], *, finish_reason: list) -> Any:
+        meeting = asyncio.Barrier(len(completions))  # all must be under way at once
+
+        async def one(text: str) -> float:
+            await meeting.wait()
+            return float(text in "abc")
+
+        assert finish_reason == ["eos", None, "eos"]
+        return await asyncio.gather(*map(one, completions))
+
+    with RewardPool([(1.0, Batched(judge, size=3, wait_s=WAIT_S, parallel=1))]) as pool:
+        eos = {"finish_reason": "eos"}
+        futures = [
+            pool.submit(*row) for row in (("a", asked(), eos), ("x", asked()), ("c", asked(), eos))
+        ]
+        scores = [future.result(WAIT_S)[0] for future in futures]
+    assert [score.value for score in scores] == [1.0, 0.0, 1.0], scores
+
+
+def test_closing_cancels_what_a_batch_waits_for(tmp_path):
+    pool = RewardPool([(1.0, batch_of(tmp_path / "d", wait_s=WAIT_S)), (1.0, same)])
+    future = pool.submit("a", asked())
+    assert eventually(future.running)
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        future.result(0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"size": 0}, {"parallel": 0}, {"timeout_s": 0}, {"retries": -1}, {"wait_s": -1}]
+)
+def test_impossible_batches_are_refused(wrong):
+    with pytest.raises(ValueError, match="a batch needs"):
+        Batched(lambda completions, problems: [], **wrong)
+
+
+def test_a_batch_that_is_not_pooled():
+    batched = Batched(lambda completions, problems: [0.25])
+    assert score_inline([(1.0, batched), (1.0, r1_format)], "", asked())[0].value == 0.25
+
+
+def test_twenty_thousand_jobs_are_soaked_elsewhere(tmp_path):
+    """A short soak: the long one is tools/soak_pool.py without arguments."""
     root = Path(__file__).parent.parent
-    said = subprocess.run(
-        [sys.executable, root / "tools/replay_rewards.py", "rollouts.jsonl", "mine:twice"],
-        cwd=tmp_path,
+    done = subprocess.run(
+        [sys.executable, root / "tools/soak_pool.py", "--jobs=400", "--kill_every_s=0.1"],
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
-        check=True,
-    ).stdout.splitlines()
-    assert said[1].split() == "twice 4 0.5000 0.2500 1 ok 3, crash 1".split()
-    assert said[2].startswith("twice: step 3 u7 sample 1 (eos): stored 1, new 0 ok")
-    assert len(said) == 3
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,7 @@
-"""Every shipped reward: hostile text, golden answers, and the order of merit."""
+"""The rewards that read answers and forms: golden answers and the order of merit.
+
+Hostile text is for tests/test_audit.py, where every shipped reward goes through the audit.
+"""
 
 import functools
 import math
@@ -25,6 +28,7 @@ from rewards.api import Problem, Reward, Status, component_names, last_tag, scor
 from rewards.arithmetic import arithmetic
 from rewards.countdown import countdown
 from rewards.formats import answer_text, r1_format, r1_format_lenient
+from rewards.hostile import hostile_texts
 from rewards.sequences import letters_answer, list_answer
 
 
@@ -50,73 +54,7 @@ SHIPPED: dict[Reward, tuple[Any, str, str]] = {
 }
 TRUTH = [reward for reward in SHIPPED if reward not in (r1_format, r1_format_lenient)]
 
-_BARE = [
-    "",
-    " ",
-    "\x00",
-    "\ud800",
-    "nan",
-    "inf",
-    "-0",
-    "1e999",
-    "1/0",
-    "1_000",
-    "\u0661\u0662",  # Arabic-Indic digits
-    "\uff11\uff12",  # full-width digits
-    "\u00b2",
-    "9**9**9",
-    "1" * 1_000_000,
-    "1," * 500_000,
-    "1.1" * 300_000,
-    "-" * 1_000_000,
-    "$" * 1_000_000,
-    "(" * 100_000,
-    "(" * 150 + "1" + ")" * 150,
-    "-" * 190 + "1",
-    "1+" * 99 + "1",
-    "=" * 1_000_000,
-    "[" * 1_000 + "]" * 1_000,
-    "a" * 1_000_000,
-    " " * 1_000_000,
-    "\n" * 1_000_000,
-    "####" * 250_000,
-    "\\boxed{" * 500,
-    "__import__('os').system('true')",
-    "().__class__.__base__.__subclasses__()",
-    "lambda: 0",
-    "1 if 1 else 2",
-    "0x5for x in y",
-    "1,2\u20283",
-    "\u202e" + "81",
-]
-_TAGS = [
-    "<answer>",
-    "</answer>",
-    "</answer><answer>",
-    "<answer></answer>",
-    "<answer>1</answer><answer>2</answer>",
-    "<answer><answer>1</answer></answer>",
-    "<think><answer>1</answer></think>",
-    "</think><think></answer><answer>",
-    "<think>" * 100_000,
-    "<answer>" * 100_000,
-    "</answer>" * 100_000,
-    "<answer>1</answer>" * 50_000,
-    "<" * 1_000_000,
-    "</answer" * 100_000,
-]
-HOSTILE = [*_BARE, *_TAGS, *map(boxed, _BARE), *map(boxed, _TAGS)]
-
-
-@pytest.mark.parametrize("reward", SHIPPED, ids=lambda reward: reward.__name__)
-def test_any_string_gets_a_score_quickly(reward):
-    problem = asked(SHIPPED[reward][0])
-    for text in HOSTILE:
-        started = time.thread_time()
-        value = reward(text, problem)
-        seconds = time.thread_time() - started
-        assert type(value) is float and 0.0 <= value <= 1.0, text[:80]
-        assert seconds < 0.1, f"{seconds:.2f} s for {text[:80]!r}"
+HOSTILE = list(hostile_texts())
 
 
 @pytest.mark.parametrize("extract", [tagged_answer, last_number_text, answer_text])

@@ -22,7 +22,9 @@ def scorer_of(*functions, **settings) -> Scorer:
 
 
 def collected(scorer, texts_PG, problem=PROBLEM):
-    return scorer.collect([[scorer.submit(text, problem) for text in group] for group in texts_PG])
+    return scorer.collect(
+        [[scorer.submit(text, problem, {}) for text in group] for group in texts_PG]
+    )
 
 
 # Made by functions, so that a worker gets them by value and need not import this file.
@@ -61,7 +63,9 @@ def test_rewards_are_weighted_and_added(scorer):
     np.testing.assert_allclose(scores.components["length"], [[0.5, 0.8], [0.0, 0.5]])
     assert scores.statuses["told"] == ["ok"] * 4
     assert scorer.solved_PG(scores).tolist() == [[True, False], [False, True]]
-    assert scorer.metrics(scores) == pytest.approx(
+    metrics = scorer.metrics(scores)
+    ours = {name: n for name, n in metrics.items() if not name.startswith("reward/pool/")}
+    assert ours == pytest.approx(
         {
             "reward/mean": (1.25 + 0.4 + 1.25) / 4,
             "reward/solved": 0.5,
@@ -89,6 +93,8 @@ def test_a_timeout_is_a_wrong_answer_that_counts(scorer):
     np.testing.assert_allclose(scores.reward_PG, [[1.25, 0.2]])  # 0 from `told`
     metrics = scorer.metrics(scores)
     assert metrics["reward/timeout_rate"] == 0.5 and metrics["reward/failure_rate"] == 0.0
+    assert metrics["reward/pool/timeouts"] == metrics["reward/pool/restarts"] == 1
+    assert scorer.metrics(scores)["reward/pool/timeouts"] == 0  # nothing since
     assert metrics["reward/solved"] == 0.5
 
 
