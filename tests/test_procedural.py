@@ -12,8 +12,10 @@ from grpo.data.procedural import (
     LastLetters,
     LetterCount,
     MaxOf,
+    OneLiners,
     Procedural,
     SlippedChains,
+    SlippedPrograms,
     SortNumbers,
     SpellBackwards,
 )
@@ -30,6 +32,7 @@ TASKS: list[Procedural] = [
     LastLetters(words=3),
     SpellBackwards(),
     DigitChain(),
+    OneLiners(),
 ]
 every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
 
@@ -51,6 +54,20 @@ def evaluate(expression: str) -> float:
     return eval(expression)
 
 
+ONE_LINERS = "a+b a-b b-a a*b a+b+b a+a+b a*b+a a*b+b a*b-a a*a+b a+b*b a*a-b".split()
+
+
+def one_liner(text: str) -> str:
+    """The one body that gives the examples in "f(3,4)=7 f(1,5)=6;"."""
+    shown = re.findall(r"f\((\d+),(\d+)\)=(-?\d+)", text)
+    (body,) = [
+        body
+        for body in ONE_LINERS
+        if all(evaluate(body.replace("a", a).replace("b", b)) == int(c) for a, b, c in shown)
+    ]
+    return body
+
+
 def expected_answer(problem: Problem) -> str:
     """Solves a problem from its question alone."""
     text = question(problem)
@@ -61,6 +78,8 @@ def expected_answer(problem: Problem) -> str:
             return str(evaluate(text.removesuffix("=")))
         case "MaxOf":
             return str(max(numbers(text)))
+        case "OneLiners":
+            return f"f=lambda a,b:{one_liner(text)}"
         case "SortNumbers":
             return ", ".join(map(str, sorted(numbers(text))))
         case "LetterCount":
@@ -118,7 +137,7 @@ def test_problem_is_a_function_of_seed_and_index(task):
 
 def content(problem: Problem) -> tuple[str, ...]:
     """What a question is about, whatever the order of its words and numbers."""
-    return tuple(sorted(re.findall(r"equals \d+|\w+|[-+*]", question(problem))))
+    return tuple(sorted(re.findall(r"equals \d+|f\(.*?\)=\S+|\w+|[-+*]", question(problem))))
 
 
 @every_task
@@ -167,6 +186,7 @@ def test_digit_chain_is_raw_text_with_running_totals():
         (MaxOf(count=5, high=4), "count 5, high 4"),
         (DigitChain(min_terms=1), "min_terms"),
         (SpellBackwards(words=0), "words, got 0"),
+        (OneLiners(examples=0), "examples >= 1"),
     ],
 )
 def test_impossible_settings_are_named(task, message):
@@ -202,3 +222,39 @@ def test_slips_need_chains_and_a_share():
         SlippedChains(source=MaxOf(), slip_rate=1.0)[0]
     with pytest.raises(ValueError, match="between 0 and 1"):
         SlippedChains(source=DigitChain(), slip_rate=30)[0]
+
+
+def test_the_tests_of_a_one_liner_accept_no_other():
+    """The two examples, and three more on which no two functions of the family agree."""
+    seen = set()
+    for i in range(200):
+        asserts = OneLiners()[i].reference["asserts"]
+        results = [int(line.rpartition("== ")[2]) for line in asserts]
+        arguments = [numbers(line)[:2] for line in asserts]
+        fitting = [
+            body
+            for body in ONE_LINERS
+            if [evaluate(body.replace("a", str(a)).replace("b", str(b))) for a, b in arguments[2:]]
+            == results[2:]
+        ]
+        assert f"f=lambda a,b:{fitting[0]}" == OneLiners()[i].gold and len(fitting) == 1
+        seen.add(fitting[0])
+    assert seen == set(ONE_LINERS)
+
+
+def test_slipped_programs_work_another_function_out():
+    source = OneLiners()
+    slips = SlippedPrograms(source=source, slip_rate=0.3)
+    slipped = 0
+    for i in range(300):
+        problem, true = slips[i], source[i]
+        assert dataclasses.replace(problem, meta=true.meta) == true
+        worked, answer = problem.meta["worked"], f"<answer>{true.gold}</answer>"
+        assert (worked == true.meta["worked"]) is not problem.meta["slipped"]
+        assert worked.endswith(answer) is not problem.meta["slipped"]
+        for step, value in re.findall(r"([\d+*-]+)=(-?\d+)", worked):
+            assert evaluate(step) == int(value)
+        slipped += problem.meta["slipped"]
+    assert 60 <= slipped <= 120
+    with pytest.raises(ValueError, match="not one of OneLiners"):
+        SlippedPrograms(source=MaxOf())[0]

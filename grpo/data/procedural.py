@@ -12,6 +12,7 @@ import abc
 import dataclasses
 import re
 import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -386,6 +387,124 @@ class SlippedChains:
         return dataclasses.replace(
             problem, meta={**problem.meta, "worked": worked, "slipped": slipped}
         )
+
+
+# What `OneLiners` asks for: as Python, and how to work it out.
+_ONE_LINERS: dict[str, Callable[[int, int], int]] = {
+    "a+b": lambda a, b: a + b,
+    "a-b": lambda a, b: a - b,
+    "b-a": lambda a, b: b - a,
+    "a*b": lambda a, b: a * b,
+    "a+b+b": lambda a, b: a + b + b,
+    "a+a+b": lambda a, b: a + a + b,
+    "a*b+a": lambda a, b: a * b + a,
+    "a*b+b": lambda a, b: a * b + b,
+    "a*b-a": lambda a, b: a * b - a,
+    "a*a+b": lambda a, b: a * a + b,
+    "a+b*b": lambda a, b: a + b * b,
+    "a*a-b": lambda a, b: a * a - b,
+}
+_TELLING = ((2, 7), (9, 4), (5, 5))  # no two of them agree on all of these
+
+
+@dataclasses.dataclass(kw_only=True)
+class OneLiners(Procedural):
+    """Find a function of two numbers by what it gives, asked as raw text: "f(3,4)=7 f(1,5)=6;".
+
+    The answer is a program for `rewards.code_tests`, "f=lambda a,b:a+b". Its tests are the examples
+    shown, and others, so that a program that only knows the examples fails. The chain of thought
+    works the examples out: `<think>3+4=7 1+5=6</think>`.
+
+    Attributes:
+      examples: how many are shown; they leave one function of the family.
+      high: arguments are 1..high.
+    """
+
+    examples: int = 2
+    high: int = 9
+    raw: bool = True
+
+    def draw(self, rng: np.random.Generator) -> Draft:
+        if self.examples < 1 or self.high < 3:
+            raise ValueError(f"need examples >= 1 and high >= 3: {self}")
+        bodies = list(_ONE_LINERS)
+        body = bodies[int(rng.integers(len(bodies)))]
+        for _ in range(_MAX_DRAWS):
+            shown = [tuple(_integers(rng, 1, self.high, 2)) for _ in range(self.examples)]
+            if all(not _fits(other, body, shown) for other in bodies if other != body):
+                break
+        else:
+            raise ValueError(f"{self.examples} examples do not single a function out: {self}")
+        return Draft(
+            key=(body, sorted(shown)),
+            question=" ".join(f"f({a},{b})={_ONE_LINERS[body](a, b)}" for a, b in shown) + ";",
+            reference={
+                "asserts": [
+                    f"assert f({a},{b}) == {_ONE_LINERS[body](a, b)}"
+                    for a, b in (*shown, *_TELLING)
+                ]
+            },
+            gold=_one_liner(body),
+            thought=_worked_out(body, shown),
+        )
+
+
+@dataclasses.dataclass(kw_only=True)
+class SlippedPrograms:
+    """The same problems with an imperfect teacher, as `SlippedChains` is for sums.
+
+    In a share of the worked completions another function is worked out and given as the answer.
+    `reference` and `gold` stay true; `meta["slipped"]` says which completions are wrong.
+
+    Attributes:
+      source: of problems such as `OneLiners` makes.
+      slip_rate: share of completions with another function, 0..1.
+      seed: decides which, and the function.
+    """
+
+    source: ProblemSource
+    slip_rate: float = 0.3
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Problem:
+        if not 0.0 <= self.slip_rate <= 1.0:
+            raise ValueError(f"slip_rate should be between 0 and 1, got {self.slip_rate}")
+        problem = self.source[i]
+        shown = [(int(a), int(b)) for a, b in _EXAMPLE.findall(problem.prompt)]
+        others = [body for body in _ONE_LINERS if _one_liner(body) != problem.gold]
+        if not shown or len(others) == len(_ONE_LINERS):
+            raise ValueError(f"problem {problem.uid!r} is not one of OneLiners asked as raw text")
+        rng = np.random.default_rng([self.seed, i, 1])  # as in `SlippedChains`
+        slipped = bool(rng.random() < self.slip_rate)
+        body = others[int(rng.integers(len(others)))]
+        worked = r1_form(_worked_out(body, shown), _one_liner(body))
+        worked = worked if slipped else problem.meta["worked"]
+        return dataclasses.replace(
+            problem, meta={**problem.meta, "worked": worked, "slipped": slipped}
+        )
+
+
+_EXAMPLE = re.compile(r"f\((\d+),(\d+)\)=")
+
+
+def _one_liner(body: str) -> str:
+    return f"f=lambda a,b:{body}"
+
+
+def _fits(body: str, other: str, shown: Sequence[tuple[int, ...]]) -> bool:
+    """Whether two functions agree on all of these arguments."""
+    return all(_ONE_LINERS[body](a, b) == _ONE_LINERS[other](a, b) for a, b in shown)
+
+
+def _worked_out(body: str, shown: Sequence[tuple[int, ...]]) -> str:
+    """ "3+4=7 1+5=6" for a+b."""
+    return " ".join(
+        f"{body.replace('a', str(a)).replace('b', str(b))}={_ONE_LINERS[body](a, b)}"
+        for a, b in shown
+    )
 
 
 def _slip(steps: list[tuple[str, ...]], rng: np.random.Generator) -> str:

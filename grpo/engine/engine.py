@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from grpo.data.tokenizer import Tokenizer
 from grpo.engine.sampling import sample_token
 from grpo.model.arch import Arch
 from grpo.model.decoder import KV, decode_step, empty_cache, prefill
 from grpo.model.params import Params
-from grpo.sharding import batch_ways, shard
+from grpo.sharding import DECODE_RULES, batch_ways, replicated, shard, spec
 from grpo.structs import EOS, LENGTH, STOP, Completion
 
 _REFILL_SHARE = 8  # refill once 1/8 of the slots are idle: fewer, larger prefills
@@ -79,17 +79,28 @@ class EngineStats:
 
 
 def _empty_slots(*, arch: Arch, slots: int, length: int, dtype: str) -> Slots:
-    def per_slot(value: int | bool) -> jax.Array:
-        return shard(jnp.full(slots, value), "batch")
+    def per_slot(dtype: Any) -> jax.Array:
+        return shard(jnp.zeros(slots, dtype), "batch")
 
     return Slots(
         cache=empty_cache(arch, slots, length, dtype),
-        token_B=per_slot(0),
-        position_B=per_slot(0),
+        token_B=per_slot(jnp.int32),
+        position_B=per_slot(jnp.int32),
         key_B2=shard(jnp.zeros((slots, 2), jnp.uint32), "batch", None),
-        written_B=per_slot(0),
-        active_B=per_slot(False),
+        written_B=per_slot(jnp.int32),
+        active_B=per_slot(jnp.bool_),
     )
+
+
+def _slot_shardings(slots: Slots, mesh: Mesh) -> Slots:
+    """Every array split by slots, the cache also by key/value heads."""
+
+    def split(*axes: str | None) -> NamedSharding:
+        return NamedSharding(mesh, spec(axes, DECODE_RULES))
+
+    cache = jax.tree.map(lambda _: split("batch", None, "kv_heads", None), slots.cache)
+    rest = jax.tree.map(lambda _: split("batch"), slots.replace(cache=[]))
+    return rest.replace(cache=cache)
 
 
 def _prefill(weights: Params, tokens_RQ: jax.Array, *, arch: Arch) -> list[KV]:
@@ -240,11 +251,22 @@ class Engine:
         empty = partial(
             _empty_slots, arch=arch, slots=slots, length=max_prompt + max_new, dtype=dtype
         )
-        self._empty = jax.jit(empty)
-        self._prefill = jax.jit(partial(_prefill, arch=arch))
+        # Said outright: a layout left to the compiler differs between two programs that hand the
+        # slots to one another, and each difference is one more program.
+        with jax.set_mesh(mesh):
+            slot_shardings = _slot_shardings(jax.eval_shape(empty), mesh)
+        everywhere = replicated(mesh)
+        self._empty = jax.jit(empty, out_shardings=slot_shardings)
+        prompt_sharding = NamedSharding(mesh, spec((None, None, "kv_heads", None), DECODE_RULES))
+        self._prefill = jax.jit(partial(_prefill, arch=arch), out_shardings=prompt_sharding)
         # A partial of its own: engines would share, and count, one cache of programs otherwise.
-        self._insert = jax.jit(partial(_insert), donate_argnums=0)
-        self._decode = jax.jit(decode, donate_argnums=1, static_argnames="greedy")
+        self._insert = jax.jit(partial(_insert), donate_argnums=0, out_shardings=slot_shardings)
+        self._decode = jax.jit(
+            decode,
+            donate_argnums=1,
+            static_argnames="greedy",
+            out_shardings=(slot_shardings, everywhere, everywhere),
+        )
 
     def run(
         self,
