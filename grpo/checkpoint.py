@@ -16,7 +16,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
         self._folder = folder
 
     def restore(self, like: TrainState) -> TrainState | None:
@@ -28,14 +30,17 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(like))
-        except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"checkpoint {step} in {self._folder} does not fit this configuration (another "
-                f"model or optimiser?); use a fresh --workdir or the configuration that wrote it: "
-                f"{error}"
-            ) from error
+        # Compared beforehand: a restore that Orbax gives up half-way leaves its readers hanging.
+        saved, wanted = _shapes(self._manager.item_metadata(step).tree), _shapes(like)
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"checkpoint {step} in {self._folder} does not fit this configuration (another "
+                    f"model or optimiser?): {name} has shape {saved.get(name, 'none')} there and "
+                    f"{wanted.get(name, 'none')} here. Use a fresh --workdir, or the configuration "
+                    "that wrote it"
+                )
+        return self._manager.restore(step, args=ocp.args.StandardRestore(like))
 
     def save(self, state: TrainState) -> None:
         """Starts saving; returns once the state may be overwritten."""
@@ -50,6 +55,12 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and lets go of the folder."""
         self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every leaf by its path, whether the nodes are records, dicts or tuples."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
 
 
 def params_sha256(params: Any) -> str:

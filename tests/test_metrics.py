@@ -187,7 +187,7 @@ def test_only_due_steps_and_the_last_are_printed():
 
 def test_sft_columns():
     console, stream = table(SFT_COLUMNS, 5)
-    console.row(4, {"sft/loss_nats": 1.25, "sft/token_accuracy": 0.5, "optim/learning_rate": 1e-5})
+    console.row(4, {"sft/loss_nats": 1.25, "sft/confident": 0.5, "optim/learning_rate": 1e-5})
     assert stream.getvalue().splitlines()[1].split() == "4/5 1.2500 50.0% 1.00e-05 - -".split()
 
 
