@@ -34,6 +34,8 @@ class Scorer:
             config.functions, workers=config.workers, deadline_s=config.deadline_s
         )
         self.names: list[str] = list(self._pool.names)
+        for note in self._pool.notes:
+            print(note)
         self._counted: dict[str, int] = {}  # the pool's counts at the last report
 
     def __enter__(self) -> "Scorer":

@@ -124,13 +124,13 @@ class CodeTests:
                 run.close()
         raise AssertionError
 
-    def prepare(self) -> None:
-        """Finds out which isolation holds here; the pool calls it once, before it forks workers.
+    def prepare(self) -> str:
+        """Which isolation holds here, for the log; the pool asks once, before it forks workers.
 
         Raises:
           NoIsolation: there is none on this machine.
         """
-        isolation(allow_unsafe_code=self.allow_unsafe_code)
+        return isolation(allow_unsafe_code=self.allow_unsafe_code)
 
     def warm_up(self) -> None:
         """Starts this process's sandbox; the pool calls it before the first completion's clock."""

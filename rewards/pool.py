@@ -208,7 +208,7 @@ class RewardPool:
         self._numbers = itertools.count()
         self._failed_starts = 0
         self._stopped: str | None = None  # why nothing more is taken
-        self._zygote, self._control = _start_zygote(self._setup, self._labels)
+        self._zygote, self._control, self.notes = _start_zygote(self._setup, self._labels)
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -492,7 +492,7 @@ class RewardPool:
             self._lose(each)
         self._selector.unregister(self._control)
         _stop_zygote(self._zygote, self._control)
-        self._zygote, self._control = _start_zygote(self._setup, self._labels)
+        self._zygote, self._control, _ = _start_zygote(self._setup, self._labels)
         self._selector.register(self._control, selectors.EVENT_READ)
 
     def _tear_down(self) -> None:
@@ -531,8 +531,12 @@ def _has_input(sock: socket.socket) -> bool:
 
 def _start_zygote(
     setup: worker.Setup, labels: Sequence[str]
-) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Starts the clean process and waits until it has imported everything in `labels`."""
+) -> tuple[subprocess.Popen[bytes], socket.socket, list[str]]:
+    """Starts the clean process and waits until it has imported everything in `labels`.
+
+    Returns:
+      The process, the socket to it, and what the rewards want in the log of the run.
+    """
     ours, theirs = socket.socketpair()
     with theirs:
         arguments = [
@@ -549,21 +553,25 @@ def _start_zygote(
             start_new_session=True,  # Ctrl-C in the terminal is not for it
         )
     ours.settimeout(_IMPORT_S)
+    notes: list[str] = []
     try:
         with contextlib.suppress(ConnectionError):  # told by the missing answer
             worker.send_frame(ours, setup)
         with ours.makefile("rb") as answers:
             for label in labels:
                 try:
-                    failure = json.loads(answers.readline() or '"the process died"')
+                    answer = json.loads(answers.readline() or '{"failure": "the process died"}')
                 except TimeoutError:
-                    failure = f"not done after {_IMPORT_S:.0f} s"
-                if failure is not None:
-                    raise RuntimeError(f"{label} cannot be imported in a worker:\n{failure}")
+                    answer = {"failure": f"not done after {_IMPORT_S:.0f} s"}
+                if "failure" in answer:
+                    raise RuntimeError(
+                        f"{label} cannot be imported in a worker:\n{answer['failure']}"
+                    )
+                notes += answer["notes"]
     except BaseException:
         _stop_zygote(process, ours)
         raise
-    return process, ours
+    return process, ours, notes
 
 
 def _stop_zygote(process: subprocess.Popen[bytes], control: socket.socket) -> None:

@@ -89,27 +89,28 @@ def _load(control: socket.socket, setup: Setup) -> list[Reward | Batched]:
     try:
         for name in setup.preload:
             importlib.import_module(name)
-            _send_line(control, None)
+            _send_line(control, {"notes": []})
         for payload in setup.functions:
             functions.append(pickle.loads(payload))
             for part in parts(functions[-1]):
                 home = sys.modules.get(getattr(part, "__module__", ""))
                 for name in getattr(home, "PRELOAD", ()):  # what its body imports
                     importlib.import_module(name)
-            _start(functions[-1], "prepare")
-            _send_line(control, None)
+            _send_line(control, {"notes": _start(functions[-1], "prepare")})
     except BaseException:
-        _send_line(control, traceback.format_exc()[-4_000:])
+        _send_line(control, {"failure": traceback.format_exc()[-4_000:]})
         sys.exit(1)
     return functions
 
 
-def _start(function: Reward | Batched, stage: str) -> None:
-    """Lets a reward begin what it needs: `prepare` in the zygote, `warm_up` in each worker."""
-    for part in parts(function):
-        begin = getattr(part, stage, None)
-        if begin is not None:
-            begin()
+def _start(function: Reward | Batched, stage: str) -> list[str]:
+    """Lets a reward begin what it needs: `prepare` in the zygote, `warm_up` in each worker.
+
+    Returns:
+      The lines that it wants in the log of the run.
+    """
+    begins = [getattr(part, stage, None) for part in parts(function)]
+    return [line for begin in begins if begin is not None and (line := begin())]
 
 
 def _send_line(sock: socket.socket, content: object) -> None:

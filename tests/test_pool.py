@@ -622,3 +622,18 @@ def test_twenty_thousand_jobs_are_soaked_elsewhere(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Announced:
+    """A reward that says at start what it found on this machine."""
+
+    def prepare(self) -> str:
+        return "announced: two cores"
+
+    def __call__(self, completion: str, problem: Problem) -> float:
+        return 1.0
+
+
+def test_what_a_reward_finds_at_start_is_there_for_the_log():
+    with RewardPool([(1.0, Announced()), (1.0, Announced())], workers=1) as pool:
+        assert pool.notes == ["announced: two cores"] * 2

@@ -41,7 +41,7 @@ def killed_run(
     log = (workdir.parent / "killed.log").open("w")
     for _ in range(kills):
         process = subprocess.Popen(command(workdir, flags), stdout=log, stderr=log)
-        moment = rng.uniform(0.1, 0.6) * seconds
+        moment = rng.uniform(0.1, 0.3) * seconds
         try:
             process.wait(moment)
             break  # done before the kill came
