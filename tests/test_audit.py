@@ -16,6 +16,7 @@ from rewards.answers import exact_answer, gsm8k_answer, last_number, numeric_ans
 from rewards.api import Batched, Problem, Reward, Row
 from rewards.audit import GOLD_FORMAT, Finding, audit, inline_scorer
 from rewards.choice import choice_answer
+from rewards.code_tests import CodeTests, isolation
 from rewards.countdown import countdown
 from rewards.formats import r1_format, r1_format_lenient
 from rewards.gates import gated
@@ -25,6 +26,7 @@ from rewards.language import LanguageShare
 from rewards.length import CosineLength, SoftOverlong
 from rewards.math_answer import math_answer
 from rewards.repetition import Unrepeated
+from rewards.sandbox.tiers import NoIsolation
 from rewards.sequences import letters_answer, list_answer
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +103,24 @@ def test_every_shipped_style_passes(reward):
     findings = audit(inline_scorer(reward), rows_of(NUMBERS), style=True, max_ms=LIMIT_MS)
     assert not failed(findings), "\n".join(failed(findings))
     assert len(findings) == 4
+
+
+def test_the_code_reward_passes():
+    """Its gold answers are programs; "9**9**9" is one, too, and ends with the budget."""
+    try:
+        isolation()
+    except NoIsolation as error:
+        pytest.skip(str(error))
+    programs = [
+        (
+            {"asserts": [f"assert {name}(2, 3) == {value}"]},
+            f"def {name}(a, b):\n    return a {op} b",
+        )
+        for name, op, value in (("add", "+", 5), ("mul", "*", 6), ("sub", "-", -1))
+    ]
+    findings = audit(inline_scorer(CodeTests(budget_s=0.3)), rows_of(programs), max_ms=1_000.0)
+    assert not failed(findings), "\n".join(failed(findings))
+    assert len(findings) == 9 and all(finding.tried for finding in findings)
 
 
 def test_the_reward_of_reasoning_gym_passes():
