@@ -30,7 +30,7 @@ from rewards.formats import r1_format
 def get_config() -> Config:
     problems = OneLiners(size=12_000)
     return Config(
-        num_steps=60,
+        num_steps=30,
         model=ModelConfig(
             width=192,
             mlp_width=640,
@@ -43,9 +43,9 @@ def get_config() -> Config:
         data=DataConfig(
             train=problems,
             held_out=OneLiners(size=1_000, held_out=True),
-            max_prompt_tokens=24,
+            max_prompt_tokens=20,
         ),
-        sample=SampleConfig(max_new_tokens=80, slots=64, tokens_per_dispatch=16),
+        sample=SampleConfig(max_new_tokens=68, slots=64, tokens_per_dispatch=16),
         reward=RewardConfig(
             functions=((1.0, code_tests), (0.1, r1_format)),
             gold_format="<think>so</think><answer>{gold}</answer>",

@@ -54,7 +54,13 @@ def evaluate(expression: str) -> float:
     return eval(expression)
 
 
-ONE_LINERS = "a+b a-b b-a a*b a+b+b a+a+b a*b+a a*b+b a*b-a a*a+b a+b*b a*a-b".split()
+ONE_LINERS = {"a": 0, "b": 1, "max(a,b)": max, "min(a,b)": min, "a+b": sum}
+
+
+def give(body: str, pair: tuple[int, int]) -> int:
+    """What the function of this body gives."""
+    rule = ONE_LINERS[body]
+    return pair[rule] if isinstance(rule, int) else rule(pair)
 
 
 def one_liner(text: str) -> str:
@@ -63,7 +69,7 @@ def one_liner(text: str) -> str:
     (body,) = [
         body
         for body in ONE_LINERS
-        if all(evaluate(body.replace("a", a).replace("b", b)) == int(c) for a, b, c in shown)
+        if all(give(body, (int(a), int(b))) == int(c) for a, b, c in shown)
     ]
     return body
 
@@ -234,8 +240,7 @@ def test_the_tests_of_a_one_liner_accept_no_other():
         fitting = [
             body
             for body in ONE_LINERS
-            if [evaluate(body.replace("a", str(a)).replace("b", str(b))) for a, b in arguments[2:]]
-            == results[2:]
+            if [give(body, (a, b)) for a, b in arguments[2:]] == results[2:]
         ]
         assert f"f=lambda a,b:{fitting[0]}" == OneLiners()[i].gold and len(fitting) == 1
         seen.add(fitting[0])
@@ -252,8 +257,11 @@ def test_slipped_programs_work_another_function_out():
         worked, answer = problem.meta["worked"], f"<answer>{true.gold}</answer>"
         assert (worked == true.meta["worked"]) is not problem.meta["slipped"]
         assert worked.endswith(answer) is not problem.meta["slipped"]
-        for step, value in re.findall(r"([\d+*-]+)=(-?\d+)", worked):
-            assert evaluate(step) == int(value)
+        body = re.findall(r"lambda a,b:(.*)</answer>", worked)[0]
+        for a, sign, b, which in re.findall(r"(\d)([<>=])(\d):([ab+])", worked):
+            pair = int(a), int(b)
+            assert sign == "<=>"[1 + (pair[0] > pair[1]) - (pair[0] < pair[1])]
+            assert give(body, pair) == {"a": pair[0], "b": pair[1], "+": sum(pair)}[which]
         slipped += problem.meta["slipped"]
     assert 60 <= slipped <= 120
     with pytest.raises(ValueError, match="not one of OneLiners"):

@@ -391,29 +391,23 @@ class SlippedChains:
 
 # What `OneLiners` asks for: as Python, and how to work it out.
 _ONE_LINERS: dict[str, Callable[[int, int], int]] = {
+    "a": lambda a, b: a,
+    "b": lambda a, b: b,
+    "max(a,b)": max,
+    "min(a,b)": min,
     "a+b": lambda a, b: a + b,
-    "a-b": lambda a, b: a - b,
-    "b-a": lambda a, b: b - a,
-    "a*b": lambda a, b: a * b,
-    "a+b+b": lambda a, b: a + b + b,
-    "a+a+b": lambda a, b: a + a + b,
-    "a*b+a": lambda a, b: a * b + a,
-    "a*b+b": lambda a, b: a * b + b,
-    "a*b-a": lambda a, b: a * b - a,
-    "a*a+b": lambda a, b: a * a + b,
-    "a+b*b": lambda a, b: a + b * b,
-    "a*a-b": lambda a, b: a * a - b,
 }
 _TELLING = ((2, 7), (9, 4), (5, 5))  # no two of them agree on all of these
 
 
 @dataclasses.dataclass(kw_only=True)
 class OneLiners(Procedural):
-    """Find a function of two numbers by what it gives, asked as raw text: "f(3,4)=7 f(1,5)=6;".
+    """Find a function of two numbers by what it gives, asked as raw text: "f(3,4)=7 f(5,1)=6;".
 
     The answer is a program for `rewards.code_tests`, "f=lambda a,b:a+b". Its tests are the examples
     shown, and others, so that a program that only knows the examples fails. The chain of thought
-    works the examples out: `<think>3+4=7 1+5=6</think>`.
+    says of each example how its arguments compare and which of them was given, or "+" for neither:
+    `<think>3<4:+ 5>1:+</think>`.
 
     Attributes:
       examples: how many are shown; they leave one function of the family.
@@ -500,11 +494,14 @@ def _fits(body: str, other: str, shown: Sequence[tuple[int, ...]]) -> bool:
 
 
 def _worked_out(body: str, shown: Sequence[tuple[int, ...]]) -> str:
-    """ "3+4=7 1+5=6" for a+b."""
-    return " ".join(
-        f"{body.replace('a', str(a)).replace('b', str(b))}={_ONE_LINERS[body](a, b)}"
-        for a, b in shown
-    )
+    """ "3<4:b 5>1:a" for max(a,b)."""
+
+    def told(a: int, b: int) -> str:
+        given = _ONE_LINERS[body](a, b)
+        which = "a" if given == a else "b" if given == b else "+"
+        return f"{a}{'<' if a < b else '>' if a > b else '='}{b}:{which}"
+
+    return " ".join(told(a, b) for a, b in shown)
 
 
 def _slip(steps: list[tuple[str, ...]], rng: np.random.Generator) -> str:
