@@ -1,7 +1,7 @@
 """A byte-level model learns to write one-line programs that pass tests it never sees, on a CPU.
 
 Source: the recipe of DeepSeek-R1 (arXiv:2501.12948) in small, as in experiments/tiny.py: a short
-  cold start with a teacher whose program is the wrong one in six of ten cases, then GRPO
+  cold start with a teacher whose program is the wrong one in three of ten cases, then GRPO
   (arXiv:2402.03300). The reward runs every program in the sandbox of `rewards.code_tests` and
   asserts what the function gives on the examples of the prompt, and on others.
 Command:
@@ -30,7 +30,7 @@ from rewards.formats import r1_format
 def get_config() -> Config:
     problems = OneLiners(size=12_000)
     return Config(
-        num_steps=30,
+        num_steps=40,
         model=ModelConfig(
             width=192,
             mlp_width=640,
@@ -53,8 +53,8 @@ def get_config() -> Config:
         algo=AlgoConfig(problems_per_step=16, group_size=8),
         optim=OptimConfig(learning_rate=2e-4, warmup_updates=3, decay="linear", end_share=0.1),
         sft=SftConfig(
-            num_steps=320,
-            source=SlippedPrograms(source=problems, slip_rate=0.6),
+            num_steps=400,
+            source=SlippedPrograms(source=problems, slip_rate=0.3),
             rows_per_step=32,
             learning_rate=2e-3,
         ),
