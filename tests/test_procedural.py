@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 import pytest
 
@@ -54,13 +55,18 @@ def evaluate(expression: str) -> float:
     return eval(expression)
 
 
-ONE_LINERS = {"a": 0, "b": 1, "max(a,b)": max, "min(a,b)": min, "a+b": sum}
+ONE_LINERS: dict[str, Callable[[tuple[int, int]], int]] = {
+    "a": lambda pair: pair[0],
+    "b": lambda pair: pair[1],
+    "max(a,b)": max,
+    "min(a,b)": min,
+    "a+b": sum,
+}
 
 
 def give(body: str, pair: tuple[int, int]) -> int:
     """What the function of this body gives."""
-    rule = ONE_LINERS[body]
-    return pair[rule] if isinstance(rule, int) else rule(pair)
+    return ONE_LINERS[body](pair)
 
 
 def one_liner(text: str) -> str:
