@@ -353,22 +353,28 @@ _STEP = re.compile(r"(-?\d+)([+-])(\d+)=(-?\d+)")
 
 
 @dataclasses.dataclass(kw_only=True)
-class SlippedChains:
-    """The same problems with an imperfect teacher, for a cold start that RL has to surpass.
+class ImperfectTeacher(abc.ABC):
+    """The problems of a source, some of them worked wrongly, for a cold start that RL surpasses.
 
-    In a share of the worked chains one running total ends in a wrong digit. The rest of the chain
-    reckons rightly from there, so the final answer is wrong. `reference` and `gold` stay true;
-    `meta["slipped"]` says which chains are wrong.
+    `reference` and `gold` stay true; `meta["slipped"]` says which worked completions are wrong.
 
     Attributes:
-      source: of problems worked in steps like "3+8=11": `DigitChain`, or `Arithmetic` of sums.
-      slip_rate: share of chains with a slip, 0..1.
-      seed: decides which chains slip, and where.
+      source: of problems with meta["worked"].
+      slip_rate: share of completions that are wrong, 0..1.
+      seed: decides which, and how.
     """
 
     source: ProblemSource
     slip_rate: float = 0.3
     seed: int = 0
+
+    @abc.abstractmethod
+    def slip(self, problem: Problem, rng: np.random.Generator) -> str:
+        """A worked completion of `problem` that is wrong.
+
+        Raises:
+          ValueError: it is not a problem that this teacher knows.
+        """
 
     def __len__(self) -> int:
         return len(self.source)
@@ -377,16 +383,27 @@ class SlippedChains:
         if not 0.0 <= self.slip_rate <= 1.0:
             raise ValueError(f"slip_rate should be between 0 and 1, got {self.slip_rate}")
         problem = self.source[i]
-        steps = [match.groups() for match in _STEP.finditer(problem.meta.get("worked", ""))]
-        if not steps:
-            raise ValueError(f'problem {problem.uid!r} has no steps like "3+8=11" to slip in')
         # The 1 keeps this stream apart from the source's own, which starts from (seed, i).
         rng = np.random.default_rng([self.seed, i, 1])
         slipped = bool(rng.random() < self.slip_rate)
-        worked = _slip(steps, rng) if slipped else problem.meta["worked"]
+        wrong = self.slip(problem, rng)  # always: a problem it does not know is an error at once
+        worked = wrong if slipped else problem.meta["worked"]
         return dataclasses.replace(
             problem, meta={**problem.meta, "worked": worked, "slipped": slipped}
         )
+
+
+class SlippedChains(ImperfectTeacher):
+    """One running total ends in a wrong digit, and the chain goes on rightly from there.
+
+    For problems worked in steps like "3+8=11": `DigitChain`, or `Arithmetic` of sums.
+    """
+
+    def slip(self, problem: Problem, rng: np.random.Generator) -> str:
+        steps = [match.groups() for match in _STEP.finditer(problem.meta.get("worked", ""))]
+        if not steps:
+            raise ValueError(f'problem {problem.uid!r} has no steps like "3+8=11" to slip in')
+        return _slip(steps, rng)
 
 
 # What `OneLiners` asks for: as Python, and how to work it out.
@@ -443,42 +460,16 @@ class OneLiners(Procedural):
         )
 
 
-@dataclasses.dataclass(kw_only=True)
-class SlippedPrograms:
-    """The same problems with an imperfect teacher, as `SlippedChains` is for sums.
+class SlippedPrograms(ImperfectTeacher):
+    """Another function of the family is worked out and given; for the problems of `OneLiners`."""
 
-    In a share of the worked completions another function is worked out and given as the answer.
-    `reference` and `gold` stay true; `meta["slipped"]` says which completions are wrong.
-
-    Attributes:
-      source: of problems such as `OneLiners` makes.
-      slip_rate: share of completions with another function, 0..1.
-      seed: decides which, and the function.
-    """
-
-    source: ProblemSource
-    slip_rate: float = 0.3
-    seed: int = 0
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> Problem:
-        if not 0.0 <= self.slip_rate <= 1.0:
-            raise ValueError(f"slip_rate should be between 0 and 1, got {self.slip_rate}")
-        problem = self.source[i]
+    def slip(self, problem: Problem, rng: np.random.Generator) -> str:
         shown = [(int(a), int(b)) for a, b in _EXAMPLE.findall(problem.prompt)]
         others = [body for body in _ONE_LINERS if _one_liner(body) != problem.gold]
         if not shown or len(others) == len(_ONE_LINERS):
             raise ValueError(f"problem {problem.uid!r} is not one of OneLiners asked as raw text")
-        rng = np.random.default_rng([self.seed, i, 1])  # as in `SlippedChains`
-        slipped = bool(rng.random() < self.slip_rate)
         body = others[int(rng.integers(len(others)))]
-        worked = r1_form(_worked_out(body, shown), _one_liner(body))
-        worked = worked if slipped else problem.meta["worked"]
-        return dataclasses.replace(
-            problem, meta={**problem.meta, "worked": worked, "slipped": slipped}
-        )
+        return r1_form(_worked_out(body, shown), _one_liner(body))
 
 
 _EXAMPLE = re.compile(r"f\((\d+),(\d+)\)=")
