@@ -1,5 +1,12 @@
-"""From completions of any length to fixed-shape rows, on the host."""
+"""From completions of any length to packed rows of one shape, on the host.
 
+A row holds one or more prompts, each followed by completions of it: completions that share a row
+share their prompt, which is then computed once, forward and backward. The packed form gives the
+loss and gradients of one row a completion, exactly.
+"""
+
+import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -7,86 +14,235 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo.sharding import batch_sharding
-from grpo.structs import Batch, Rollout
+from grpo.structs import Batch, Totals
+
+TOKEN_VALUES = ("old_logprobs", "sampler_logprobs", "ref_logprobs")
 
 
-def make_rows(
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    *,
-    max_prompt: int,
-    max_new: int,
-) -> Batch:
-    """One row a sequence: prompt, completion, padding. All completion tokens train.
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One completion to learn from.
 
-    Masks come from lengths, never from comparing with a padding id. Advantages and log-probs are
-    zero.
+    Attributes:
+      group: completions of the same group share their prompt.
+      prompt, completion: token ids.
+      trains: False where it only takes part in the counts of what was sampled.
+      advantage: of the whole completion.
+      old_logprobs, sampler_logprobs, ref_logprobs: float32 nats, one a completion token; None is
+        zeros. See `Batch`.
     """
-    R, T, C = len(prompts), max_prompt + max_new, max_new
-    tokens_RT = np.zeros((R, T), np.int32)
-    segments_RT = np.zeros((R, T), np.int32)
-    prompt_len_R = np.array([len(p) for p in prompts], np.int32)
-    completion_len_R = np.array([len(c) for c in completions], np.int32)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        end = len(prompt) + len(completion)
-        tokens_RT[row, :end] = [*prompt, *completion]
-        segments_RT[row, :end] = 1
-    slots_C = np.arange(C, dtype=np.int32)
-    mask_RC = slots_C < completion_len_R[:, None]
-    zeros_RC = np.zeros((R, C), np.float32)
-    return Batch(
-        tokens_RT=tokens_RT,
-        positions_RT=np.broadcast_to(np.arange(T, dtype=np.int32), (R, T)).copy(),
-        segments_RT=segments_RT,
-        targets_RC=np.where(mask_RC, prompt_len_R[:, None] + slots_C, 0).astype(np.int32),
-        mask_RC=mask_RC,
-        advantage_RC=zeros_RC,
-        old_logprobs_RC=zeros_RC,
-        sampler_logprobs_RC=zeros_RC,
-        ref_logprobs_RC=zeros_RC,
-    )
+
+    group: int
+    prompt: Sequence[int]
+    completion: Sequence[int]
+    trains: bool = True
+    advantage: float = 0.0
+    old_logprobs: np.ndarray | None = None
+    sampler_logprobs: np.ndarray | None = None
+    ref_logprobs: np.ndarray | None = None
 
 
-def make_batch(
-    rollout: Rollout,
-    advantage_PG: np.ndarray,
-    valid_PG: np.ndarray,
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """The one shape of a run's microbatches.
+
+    Attributes:
+      rows: R, of a microbatch, over all devices.
+      tokens: T, prompt and completion slots of a row.
+      completion_tokens: C, completion slots of a row.
+    """
+
+    rows: int
+    tokens: int
+    completion_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Rows, and where each sample went.
+
+    Attributes:
+      microbatches: one `Batch` [R, ...] each; at least one, which is all padding if there is
+        nothing to pack.
+      places: (row over all microbatches, first completion slot) of each sample.
+    """
+
+    microbatches: list[Batch]
+    places: list[tuple[int, int]]
+
+
+def row_shape(
     *,
     max_prompt: int,
     max_new: int,
-) -> Batch:
-    """Rows of a rollout, with advantages; rows whose verifier failed do not train."""
-    prompts = [rollout.prompts[c.problem] for c in rollout.completions]
-    completions = [c.tokens for c in rollout.completions]
-    rows = make_rows(prompts, completions, max_prompt=max_prompt, max_new=max_new)
-    mask_RC = rows.mask_RC & valid_PG.reshape(-1, 1)
-    sampler_logprobs_RC = np.zeros_like(rows.sampler_logprobs_RC)
-    for row, completion in enumerate(rollout.completions):
-        sampler_logprobs_RC[row, : len(completion.tokens)] = completion.logprobs
-    return rows.replace(
-        mask_RC=mask_RC,
-        advantage_RC=np.where(mask_RC, advantage_PG.reshape(-1, 1), 0.0).astype(np.float32),
-        sampler_logprobs_RC=sampler_logprobs_RC,
+    group_size: int,
+    samples: int,
+    microbatch_tokens: int,
+    ways: int,
+    attention_share: float,
+) -> RowShape:
+    """How long rows are, and how many a microbatch has.
+
+    A row has room for one prompt and k completions of full length. More completions a row share
+    their prompt's cost, but attention looks at the whole row: with a relative cost a of one
+    attended position against one token, a completion costs (T + a T^2 / 2) / k for
+    T = max_prompt + k max_new, which is least at k = sqrt(2 (Q / a + Q^2 / 2)) / C.
+
+    Args:
+      max_prompt, max_new: longest prompt Q and completion C.
+      group_size: completions of one prompt, the most that can share it.
+      samples: of a minibatch; no more rows are made than they can fill.
+      microbatch_tokens: slots each device works on at a time.
+      ways: parts the mesh splits rows into.
+      attention_share: a, see `grpo.model.arch.Arch`.
+    """
+    Q, C = max_prompt, max_new
+    best = math.sqrt(2 * (Q / attention_share + Q * Q / 2)) / C
+    fit = (microbatch_tokens - Q) // C
+    k = max(1, min(round(best), group_size, fit))
+    T = Q + k * C
+    most = math.ceil(math.ceil(samples / k) / ways)
+    rows = max(1, min(microbatch_tokens // T, most)) * ways
+    return RowShape(rows=rows, tokens=T, completion_tokens=k * C)
+
+
+def totals(samples: Sequence[Sample]) -> Totals:
+    """What the loss over these samples is divided by."""
+    lengths = [len(sample.completion) for sample in samples if sample.trains]
+    return Totals(tokens=np.float32(sum(lengths)), sequences=np.float32(len(lengths)))
+
+
+def pack(samples: Sequence[Sample], shape: RowShape) -> Packed:
+    """First fit: a completion goes into the first row that holds its prompt, or else has room.
+
+    Longest first within a group, groups in the order they come: the same samples always give the
+    same rows.
+
+    Raises:
+      ValueError: a sample is longer than a row.
+    """
+    rows = _assign(samples, shape)
+    number = max(1, math.ceil(len(rows) / shape.rows))
+    batch = _empty(number * shape.rows, shape)
+    places: list[tuple[int, int]] = [(0, 0)] * len(samples)
+    for row, members in enumerate(rows):
+        for index, start in _lay_out(batch, row, members, samples):
+            places[index] = (row, start)
+    parts = [slice(m * shape.rows, (m + 1) * shape.rows) for m in range(number)]
+    return Packed([jax.tree.map(lambda a, part=part: a[part], batch) for part in parts], places)
+
+
+def _assign(samples: Sequence[Sample], shape: RowShape) -> list[dict[int, list[int]]]:
+    """Which samples go into which row: a row is {group: its samples}."""
+    rows: list[dict[int, list[int]]] = []
+    free: list[tuple[int, int]] = []  # (token slots, completion slots) left in each row
+    order: dict[int, list[int]] = {}
+    for index, sample in enumerate(samples):
+        order.setdefault(sample.group, []).append(index)
+    for group, members in order.items():
+        for index in sorted(members, key=lambda i: -len(samples[i].completion)):
+            prompt, length = len(samples[index].prompt), len(samples[index].completion)
+            if prompt + length > shape.tokens or length > shape.completion_tokens:
+                raise ValueError(
+                    f"a prompt of {prompt} and a completion of {length} tokens do not fit into a "
+                    f"row of {shape.tokens} slots, {shape.completion_tokens} for completions"
+                )
+            needs = [length if group in row else prompt + length for row in rows]
+            fits = [
+                n
+                for n, need in enumerate(needs)
+                if need <= free[n][0] and length <= free[n][1]
+            ]
+            sharing = [n for n in fits if group in rows[n]]
+            chosen = (sharing or fits or [len(rows)])[0]
+            if chosen == len(rows):
+                rows.append({})
+                free.append((shape.tokens, shape.completion_tokens))
+                needs.append(prompt + length)
+            rows[chosen].setdefault(group, []).append(index)
+            tokens, completion_tokens = free[chosen]
+            free[chosen] = (tokens - needs[chosen], completion_tokens - length)
+    return rows
+
+
+def _empty(rows: int, shape: RowShape) -> Batch:
+    def zeros(width: int, dtype: type) -> np.ndarray:
+        return np.zeros((rows, width), dtype)
+
+    T, C = shape.tokens, shape.completion_tokens
+    slots = {f"{name}_RT": zeros(T, np.int32) for name in ("tokens", "positions", "groups")}
+    ids = {f"{name}_RC": zeros(C, np.int32) for name in ("contexts", "targets", "sequences")}
+    values = {f"{name}_RC": zeros(C, np.float32) for name in ("advantage", *TOKEN_VALUES)}
+    return Batch(
+        **slots, branches_RT=zeros(T, np.int32), **ids, mask_RC=zeros(C, np.bool_), **values
     )
 
 
-def minibatches(batch: Batch, count: int, seed: int, step: int) -> list[Batch]:
-    """The rows in `count` equal parts, shuffled by (seed, step) unless there is only one."""
+def _lay_out(
+    batch: Batch, row: int, members: dict[int, list[int]], samples: Sequence[Sample]
+) -> list[tuple[int, int]]:
+    """Writes one row; (sample, first completion slot) of each of its completions."""
+    slot = column = branch = 0
+    written = []
+    for number, indices in enumerate(members.values(), start=1):
+        prompt = samples[indices[0]].prompt
+        here = slice(slot, slot + len(prompt))
+        batch.tokens_RT[row, here] = prompt
+        batch.positions_RT[row, here] = np.arange(len(prompt))
+        batch.groups_RT[row, here] = number
+        slot += len(prompt)
+        last_of_prompt = slot - 1
+        for index in indices:
+            sample, branch = samples[index], branch + 1
+            length = len(sample.completion)
+            here, there = slice(slot, slot + length), slice(column, column + length)
+            batch.tokens_RT[row, here] = sample.completion
+            batch.positions_RT[row, here] = len(prompt) + np.arange(length)
+            batch.groups_RT[row, here] = number
+            batch.branches_RT[row, here] = branch
+            batch.contexts_RC[row, there] = [last_of_prompt, *range(slot, slot + length - 1)][
+                :length
+            ]
+            batch.targets_RC[row, there] = sample.completion
+            batch.sequences_RC[row, there] = branch - 1
+            batch.mask_RC[row, there] = sample.trains
+            batch.advantage_RC[row, there] = sample.advantage
+            for name in TOKEN_VALUES:
+                values = getattr(sample, name)
+                if values is not None:
+                    getattr(batch, f"{name}_RC")[row, there] = values
+            written.append((index, column))
+            slot, column = slot + length, column + length
+    return written
+
+
+def unpack(values_RC: np.ndarray, packed: Packed, samples: Sequence[Sample]) -> list[np.ndarray]:
+    """One array a sample, of an array [rows of all microbatches, C]."""
+    return [
+        np.asarray(values_RC[row, start : start + len(sample.completion)])
+        for sample, (row, start) in zip(samples, packed.places, strict=True)
+    ]
+
+
+def minibatches(
+    samples: Sequence[Sample], count: int, *, seed: int, step: int, number: int = 0
+) -> list[list[Sample]]:
+    """The samples in `count` parts of as many groups each, groups kept whole.
+
+    Shuffled by (seed, step, number of the pass), unless there is only one part.
+    """
     if count == 1:
-        return [batch]
-    rows = batch.tokens_RT.shape[0]
-    order = np.random.default_rng([seed, step]).permutation(rows)
-    return [jax.tree.map(lambda a, part=part: a[part], batch) for part in np.split(order, count)]
+        return [list(samples)]
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample)
+    order = np.random.default_rng([seed, step, number]).permutation(list(groups))
+    return [
+        [sample for group in part for sample in groups[int(group)]]
+        for part in np.array_split(order, count)
+    ]
 
 
-def to_device(batch: Batch, microbatch_rows: int, mesh: Mesh) -> Batch:
-    """[R, ...] on the host to [M, R / M, ...] on the mesh, rows split over its batch axes."""
-    rows = batch.tokens_RT.shape[0]
-    micro = microbatch_rows or rows
-    sharding = batch_sharding(mesh, leading=1)
-    return jax.tree.map(
-        lambda a: jax.device_put(
-            np.asarray(a).reshape(rows // micro, micro, *a.shape[1:]), sharding
-        ),
-        batch,
-    )
+def to_device(batch: Batch, mesh: Mesh) -> Batch:
+    """A microbatch [R, ...] on the mesh, rows split over its batch axes."""
+    return jax.device_put(batch, batch_sharding(mesh))

@@ -1,12 +1,14 @@
 """The update: gradients summed over microbatches, one AdamW step; nothing if it is not finite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import struct
 from jax.sharding import NamedSharding
 
 from grpo.config import OptimConfig
@@ -14,10 +16,9 @@ from grpo.loss import Maxima, Means
 from grpo.model.params import Params, ParamSpec, map_table, param_table
 from grpo.policy import Logprobs, Policy
 from grpo.sharding import replicated
-from grpo.structs import Batch, TrainState
+from grpo.structs import Batch, Totals, TrainState
 
-Objective = Callable[[jax.Array, jax.Array, Batch, jax.Array], tuple[jax.Array, Means, Maxima]]
-Update = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+Objective = Callable[[jax.Array, jax.Array, Batch, Totals], tuple[jax.Array, Means, Maxima]]
 
 
 def learning_rate(
@@ -112,74 +113,103 @@ def _shardings(state_like: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.sharding, state_like)
 
 
-def make_update(
-    policy: Policy,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-) -> Update:
-    """The only jit that donates the state: (state, batch [M, R, ...]) -> (state, metrics).
+class Sums(struct.PyTreeNode):
+    """What microbatches add up to."""
+
+    loss: jax.Array
+    means: Means
+    maxima: Maxima
+    grads: Params
+
+
+def microbatch_sums(
+    params: Params, batch: Batch, totals: Totals, *, logprobs: Logprobs, objective: Objective
+) -> Sums:
+    """Loss, metrics and gradients of one microbatch.
+
+    Its loss is divided by the counts of the whole minibatch beforehand, so the sum over
+    microbatches is the loss: a mean of microbatch means would not be.
+    """
+
+    def loss(params: Params) -> tuple[jax.Array, tuple[Means, Maxima]]:
+        logprobs_RC, entropy_RC = logprobs(params, batch)
+        value, means, maxima = objective(logprobs_RC, entropy_RC, batch, totals)
+        return value, (means, maxima)
+
+    (value, (means, maxima)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return Sums(loss=value, means=means, maxima=maxima, grads=grads)
+
+
+def add_sums(sums: Sums, params: Params, batch: Batch, totals: Totals, **parts: Any) -> Sums:
+    """`sums` and those of one more microbatch."""
+    new = microbatch_sums(params, batch, totals, **parts)
+    maxima = jax.tree.map(jnp.maximum, sums.maxima, new.maxima)
+    return jax.tree.map(jnp.add, sums, new).replace(maxima=maxima)
+
+
+class Update:
+    """(state, microbatches, totals) -> (state, metrics): one optimiser update.
+
+    Three programs, whatever the number of microbatches: the first one's sums, a further one's
+    added to them, the optimiser. All are dispatched without waiting.
 
     Args:
       policy: gives log-probs.
-      objective: the loss of a microbatch, already divided by the whole batch's token count.
+      objective: the loss of a microbatch, already divided by the whole minibatch's counts.
       optimizer: optax.
       schedule: its learning rate, for the log.
     """
-    shardings = _shardings(abstract_state(policy, optimizer))
-    return jax.jit(
-        partial(
-            _update,
-            logprobs=policy.logprobs,
-            objective=objective,
-            optimizer=optimizer,
-            schedule=schedule,
-        ),
-        donate_argnums=0,
-        out_shardings=(shardings, replicated(policy.mesh)),
-    )
+
+    def __init__(
+        self,
+        policy: Policy,
+        objective: Objective,
+        optimizer: optax.GradientTransformation,
+        schedule: optax.Schedule,
+    ):
+        state = _shardings(abstract_state(policy, optimizer))
+        everywhere = replicated(policy.mesh)
+        sums = Sums(loss=everywhere, means=everywhere, maxima=everywhere, grads=state.params)
+        parts: Any = {"logprobs": policy.logprobs, "objective": objective}
+        self._first = jax.jit(partial(microbatch_sums, **parts), out_shardings=sums)
+        self._more = jax.jit(partial(add_sums, **parts), out_shardings=sums, donate_argnums=0)
+        self._apply = jax.jit(
+            partial(_apply, optimizer=optimizer, schedule=schedule),
+            out_shardings=(state, everywhere),
+            donate_argnums=(0, 1),
+        )
+
+    def __call__(
+        self, state: TrainState, microbatches: Sequence[Batch], totals: Totals
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Consumes `state`. `microbatches` are on the mesh (`grpo.batch.to_device`)."""
+        sums = self.sums(state.params, microbatches, totals)
+        return self._apply(state, sums)
+
+    def sums(self, params: Params, microbatches: Sequence[Batch], totals: Totals) -> Sums:
+        """Loss, metrics and gradients of a minibatch."""
+        totals = Totals(*(np.float32(max(count, 1)) for count in totals))
+        sums = self._first(params, microbatches[0], totals)
+        for batch in microbatches[1:]:
+            sums = self._more(sums, params, batch, totals)
+        return sums
+
+    def num_compiled(self) -> int:
+        """Programs compiled so far; constant once every shape has been seen."""
+        programs: Any = (self._first, self._more, self._apply)
+        return sum(program._cache_size() for program in programs)
 
 
-def accumulate(
-    logprobs: Logprobs, objective: Objective, params: Params, batch: Batch
-) -> tuple[jax.Array, Means, Maxima, Params]:
-    """Loss, metrics and gradients, added up over the leading axis of `batch`.
-
-    Each microbatch's loss is divided by the token count of the whole batch beforehand, so the sum
-    is the loss: a mean of microbatch means would not be.
-    """
-    num_tokens = jnp.maximum(batch.mask_RC.sum(), 1).astype(jnp.float32)
-
-    def loss(params: Params, micro: Batch) -> tuple[jax.Array, tuple[Means, Maxima]]:
-        logprobs_RC, entropy_RC = logprobs(params, micro)
-        value, means, maxima = objective(logprobs_RC, entropy_RC, micro, num_tokens)
-        return value, (means, maxima)
-
-    grad = jax.value_and_grad(loss, has_aux=True)
-
-    def add(grads: Params, micro: Batch) -> tuple[Params, Any]:
-        (value, aux), new = grad(params, micro)
-        return jax.tree.map(jnp.add, grads, new), (value, aux)
-
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, (value_M, (means_M, maxima_M)) = jax.lax.scan(add, zeros, batch)
-    means, maxima = jax.tree.map(jnp.sum, means_M), jax.tree.map(jnp.max, maxima_M)
-    return value_M.sum(), means, maxima, grads
-
-
-def _update(
+def _apply(
     state: TrainState,
-    batch: Batch,
+    sums: Sums,
     *,
-    logprobs: Logprobs,
-    objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> tuple[TrainState, dict[str, Any]]:
-    loss, means, maxima, grads = accumulate(logprobs, objective, state.params, batch)
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    norm = optax.tree.norm(sums.grads)
+    finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+    changes, opt_state = optimizer.update(sums.grads, state.opt_state, state.params)
     changed = (optax.apply_updates(state.params, changes), opt_state)
     kept = (state.params, state.opt_state)
     params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
@@ -189,20 +219,21 @@ def _update(
         updates=state.updates + finite,
         bad_updates=jnp.where(finite, 0, state.bad_updates + 1),
     )
-    report = {name: mean.total / jnp.maximum(mean.count, 1) for name, mean in means.items()}
-    report |= maxima | {
-        "policy/loss": loss,
+    report = {name: mean.total / jnp.maximum(mean.count, 1) for name, mean in sums.means.items()}
+    report |= sums.maxima | {
+        "policy/loss": sums.loss,
         "optim/grad_norm": norm,
         "optim/learning_rate": schedule(state.updates),
         "optim/skipped": 1.0 - finite,
+        "optim/param_change": finite * optax.tree.norm(changes) / optax.tree.norm(state.params),
     }
     return new_state, report
 
 
 def make_logprobs(policy: Policy) -> Callable[[Params, Batch], jax.Array]:
-    """Jitted log-probs [M, R, C] of a batch [M, R, ...], one microbatch at a time."""
+    """Jitted log-probs [R, C] of a microbatch."""
 
     def run(params: Params, batch: Batch) -> jax.Array:
-        return jax.lax.map(lambda micro: policy.logprobs(params, micro)[0], batch)
+        return policy.logprobs(params, batch)[0]
 
     return jax.jit(run, out_shardings=replicated(policy.mesh))

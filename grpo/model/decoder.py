@@ -44,6 +44,36 @@ def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
+@jax.custom_vjp
+def linear(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
+    """x @ weight, float32 sums.
+
+    The gradient of the weight is written as x^T dy, which is what it should be computed as. Left
+    to itself, XLA on a CPU computes (dy^T x)^T and reads dy, with all that made it, column by
+    column: 245 GFLOP/s instead of 311 for the forward and backward pass of SmolLM2's MLP.
+    """
+    return jnp.einsum("btd,df->btf", x_BTD, weight_DF)
+
+
+def _linear_forward(
+    x_BTD: jax.Array, weight_DF: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return linear(x_BTD, weight_DF), (x_BTD, weight_DF)
+
+
+def _linear_backward(
+    kept: tuple[jax.Array, jax.Array], d_out_BTF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x_BTD, weight_DF = kept
+    return (
+        jnp.einsum("btf,df->btd", d_out_BTF, weight_DF),
+        jax.lax.dot_general(x_BTD, d_out_BTF, (((0, 1), (0, 1)), ((), ()))),
+    )
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
 def attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
@@ -62,16 +92,21 @@ def block(
     whatever the caller wants to keep (the updated cache).
     """
     w = jax.tree.map(lambda a: a.astype(x_BTD.dtype), weights)
+    B, T, _ = x_BTD.shape
+
+    def heads(h_BTD: jax.Array, name: str) -> jax.Array:
+        D, count, width = w[name].shape
+        return linear(h_BTD, w[name].reshape(D, -1)).reshape(B, T, count, width)
+
     h_BTD = rms_norm(x_BTD, w["attn_norm"], arch.norm_eps)
-    q_BTNH = rotary(jnp.einsum("btd,dnh->btnh", h_BTD, w["q"]), positions_BT, arch.rope_theta)
-    k_BTKH = rotary(jnp.einsum("btd,dkh->btkh", h_BTD, w["k"]), positions_BT, arch.rope_theta)
-    v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, w["v"])
+    q_BTNH = rotary(heads(h_BTD, "q"), positions_BT, arch.rope_theta)
+    k_BTKH = rotary(heads(h_BTD, "k"), positions_BT, arch.rope_theta)
+    v_BTKH = heads(h_BTD, "v")
     mixed_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
-    x_BTD = x_BTD + jnp.einsum("btnh,nhd->btd", mixed_BTNH, w["o"])
+    x_BTD = x_BTD + linear(mixed_BTNH.reshape(B, T, -1), w["o"].reshape(-1, arch.width))
     h_BTD = rms_norm(x_BTD, w["mlp_norm"], arch.norm_eps)
-    gate_BTF = jax.nn.silu(jnp.einsum("btd,df->btf", h_BTD, w["gate"]))
-    up_BTF = jnp.einsum("btd,df->btf", h_BTD, w["up"])
-    return x_BTD + jnp.einsum("btf,fd->btd", gate_BTF * up_BTF, w["down"]), kept
+    gate_BTF = jax.nn.silu(linear(h_BTD, w["gate"]))
+    return x_BTD + linear(gate_BTF * linear(h_BTD, w["up"]), w["down"]), kept
 
 
 def head(params: Params) -> jax.Array:
@@ -82,35 +117,68 @@ def head(params: Params) -> jax.Array:
 # ---- train form ------------------------------------------------------------------------------
 
 
+_BLOCK = 256  # queries whose attention scores exist at one time
+
+
+def tree_mask(groups_RT: jax.Array, branches_RT: jax.Array, start: int, stop: int) -> jax.Array:
+    """bool [R, stop - start, stop]: which slots before `stop` each slot from `start` on sees.
+
+    A token sees earlier tokens of its own branch and of its group's prompt (branch 0). Slots and
+    positions order alike within a branch, so slots give the causal order.
+    """
+    group_Rq1, group_R1s = groups_RT[:, start:stop, None], groups_RT[:, None, :stop]
+    branch_Rq1, branch_R1s = branches_RT[:, start:stop, None], branches_RT[:, None, :stop]
+    causal_qs = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
+    related_Rqs = (branch_R1s == 0) | (branch_R1s == branch_Rq1)
+    return causal_qs & (group_Rq1 == group_R1s) & related_Rqs & (group_Rq1 > 0)
+
+
+def tree_attention(
+    q_RTNH: jax.Array,
+    k_RTKH: jax.Array,
+    v_RTKH: jax.Array,
+    groups_RT: jax.Array,
+    branches_RT: jax.Array,
+) -> jax.Array:
+    """Attention of packed rows, a block of queries at a time: half of the square is never made."""
+    T, mixed = q_RTNH.shape[1], []
+    for start in range(0, T, _BLOCK):
+        stop = min(start + _BLOCK, T)
+        mask_RqS = tree_mask(groups_RT, branches_RT, start, stop)
+        mixed.append(
+            attention(q_RTNH[:, start:stop], k_RTKH[:, :stop], v_RTKH[:, :stop], mask_RqS)
+        )
+    return jnp.concatenate(mixed, axis=1)
+
+
 def hidden_states(
     params: Params,
     arch: Arch,
     tokens_RT: jax.Array,
     positions_RT: jax.Array,
-    segments_RT: jax.Array,
+    groups_RT: jax.Array,
+    branches_RT: jax.Array,
     *,
     dtype: str,
     remat: str,
 ) -> jax.Array:
-    """Final, normed hidden states [R, T, D] of whole rows.
+    """Final, normed hidden states [R, T, D] of packed rows (see `grpo.structs.Batch`).
 
     Args:
       params: the train form.
       arch: shape of the model.
       tokens_RT: int32 ids.
-      positions_RT: int32, restarting in each segment.
-      segments_RT: int32; attention stays inside a segment, 0 is padding.
+      positions_RT: int32.
+      groups_RT: int32; 0 is padding.
+      branches_RT: int32; 0 is a prompt.
       dtype: what the blocks compute in; parameters are cast layer by layer.
       remat: which activations the backward pass recomputes: "none" of them, "full": all,
         "attn": all but the attention outputs.
     """
-    same_RTT = segments_RT[:, :, None] == segments_RT[:, None, :]
-    # Within a segment, slots and positions order alike, so slots give the causal mask.
-    causal_TT = jnp.tril(jnp.ones((tokens_RT.shape[1],) * 2, bool))
-    mask_RTT = same_RTT & causal_TT & (segments_RT[:, :, None] > 0)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return checkpoint_name(attention(q, k, v, mask_RTT), "attn_out"), None
+        mixed = tree_attention(q, k, v, groups_RT, branches_RT)
+        return checkpoint_name(mixed, "attn_out"), None
 
     def layer(x_RTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
         return block(weights, shard(x_RTD, "batch", None, None), positions_RT, arch, attend)

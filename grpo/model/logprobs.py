@@ -72,21 +72,19 @@ def completion_logprobs(
 ) -> Pair:
     """log pi and entropy [R, C] of every completion token of a batch, at the run's temperature.
 
-    The one shift of the project is here: the distribution over the token in slot t is read from
-    the hidden state in slot t - 1. Prompt positions never reach the head.
+    Prompt positions never reach the head.
     """
     hidden_RTD = hidden_states(
         params,
         arch,
         batch.tokens_RT,
         batch.positions_RT,
-        batch.segments_RT,
+        batch.groups_RT,
+        batch.branches_RT,
         dtype=dtype,
         remat=remat,
     )
-    context_RC = jnp.maximum(batch.targets_RC - 1, 0)
-    hidden_RCD = jnp.take_along_axis(hidden_RTD, context_RC[..., None], axis=1)
-    chosen_RC = jnp.take_along_axis(batch.tokens_RT, batch.targets_RC, axis=1)
+    hidden_RCD = jnp.take_along_axis(hidden_RTD, batch.contexts_RC[..., None], axis=1)
     return chunked_logprobs(
-        hidden_RCD, head(params), chosen_RC, temperature=temperature, chunk=chunk
+        hidden_RCD, head(params), batch.targets_RC, temperature=temperature, chunk=chunk
     )
