@@ -65,23 +65,33 @@ class Scores:
       reward_PG: float32, the weighted sum of the components.
       valid_PG: bool; False where a verifier itself failed, and the row must not train.
       components: name -> float32 [P, G], before weights.
+      weights: name -> what the component is multiplied by in the sum.
       statuses: name -> list of B statuses (`rewards.api`).
     """
 
     reward_PG: np.ndarray
     valid_PG: np.ndarray
     components: dict[str, np.ndarray]
+    weights: dict[str, float]
     statuses: dict[str, list[str]]
 
 
 class Batch(struct.PyTreeNode):
-    """Fixed-shape rows for the update. A row is one or more sequences side by side.
+    """Fixed-shape packed rows for the update.
+
+    A row holds prompts, each followed by one or more of its completions, which share it. A
+    completion never spans two rows. Whatever stands where `mask_RC` is False is never read.
 
     Attributes:
-      tokens_RT: int32 ids; padding anywhere `segments_RT` is 0.
-      positions_RT: int32, from 0 at the start of each sequence.
-      segments_RT: int32; tokens see only earlier tokens of their own segment; 0 is padding.
-      targets_RC: int32 slot in the row of each completion token.
+      tokens_RT: int32 ids; padding anywhere `groups_RT` is 0.
+      positions_RT: int32, from 0 at the start of each prompt; completions of one prompt each go on
+        from its end.
+      groups_RT: int32; which prompt-with-completions of the row a token belongs to; 0 is padding.
+      branches_RT: int32; 0 for prompt tokens, else which completion of the row. A token sees
+        earlier tokens of its own branch and of its group's prompt.
+      contexts_RC: int32 slot in the row whose hidden state predicts each completion token.
+      targets_RC: int32 id of each completion token.
+      sequences_RC: int32 below C: number, within the row, of the completion the token belongs to.
       mask_RC: bool, this completion token trains.
       advantage_RC: float32, the advantage of the sequence the token belongs to.
       old_logprobs_RC: float32 nats of the policy the ratio is taken against. Ignored if the
@@ -92,13 +102,28 @@ class Batch(struct.PyTreeNode):
 
     tokens_RT: Any
     positions_RT: Any
-    segments_RT: Any
+    groups_RT: Any
+    branches_RT: Any
+    contexts_RC: Any
     targets_RC: Any
+    sequences_RC: Any
     mask_RC: Any
     advantage_RC: Any
     old_logprobs_RC: Any
     sampler_logprobs_RC: Any
     ref_logprobs_RC: Any
+
+
+class Totals(NamedTuple):
+    """What a loss is divided by: counts over the whole minibatch, before rows are dropped or split.
+
+    Attributes:
+      tokens: trained completion tokens.
+      sequences: completions with at least one trained token.
+    """
+
+    tokens: Any
+    sequences: Any
 
 
 class TrainState(struct.PyTreeNode):
