@@ -8,6 +8,8 @@ value of the wrong type is an error at once; numbers that do not fit together ar
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import math
 import re
 import textwrap
@@ -16,6 +18,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from grpo import advantage, loss
 from grpo.data.sources import ProblemSource
 from grpo.model.arch import REMAT_CHOICES
 from rewards.api import Reward
@@ -129,14 +132,67 @@ class AlgoConfig(Section):
 
     problems_per_step: int = doc(32, "P: problems asked each step")
     group_size: int = doc(8, "G: completions a problem, compared with one another")
-    minibatches: int = doc(1, "optimiser updates a rollout; 1 is exactly on-policy")
-    microbatch_rows: int = doc(
-        0, "rows on the devices at one time while gradients add up; 0 takes a whole minibatch"
+    minibatches: int = doc(1, "parts a rollout is split into, one optimiser update each")
+    passes: int = doc(
+        1, "mu: times all minibatches are gone through; 1 pass of 1 minibatch is exactly on-policy"
     )
-    scale_by_std: bool = doc(True, "divide advantages by the group's deviation (Dr. GRPO: False)")
-    clip_low: float = doc(0.2, "how far the ratio may fall below 1; needs minibatches > 1")
-    clip_high: float = doc(0.28, "how far the ratio may rise above 1; needs minibatches > 1")
-    kl_coef: float = doc(0.0, "weight of the k3 KL to the initial policy; 0 keeps no reference")
+    microbatch_tokens: int = doc(
+        4096, "token slots on each device at one time while gradients add up; at least one row"
+    )
+    advantage: Callable[..., Any] = doc(
+        advantage.grpo, "scores -> advantages [P, G]: a function of grpo.advantage"
+    )
+    objective: Callable[..., Any] = doc(
+        loss.clipped, "log-ratio -> what is maximised, a token: an objective of grpo.loss"
+    )
+    aggregate: Callable[..., Any] = doc(
+        loss.by_token, "what each token counts: by_token, by_sequence or by_length of grpo.loss"
+    )
+    correction: Callable[..., Any] | None = doc(
+        None,
+        "importance weights against the sampler: truncated, icepop, masked_sequences of grpo.loss; "
+        "uncorrected never corrects. None: the run decides: none while sampler and trainer are "
+        "exactly on-policy (one minibatch, one pass), else truncated",
+    )
+    clip_low: float = doc(
+        0.2, "how far the ratio may fall below 1; needs several updates a rollout"
+    )
+    clip_high: float = doc(0.28, "how far the ratio may rise above 1; likewise")
+    dual_clip: float = doc(3.0, "loss.dual_clipped: ratio from which a bad token has no gradient")
+    sapo_temperature_positive: float = doc(1.0, "loss.sapo: how soon the gate closes where A > 0")
+    sapo_temperature_negative: float = doc(1.05, "loss.sapo: the same where A < 0")
+    correction_cap: float = doc(
+        2.0, "loss.truncated, masked_sequences: largest importance weight of a token"
+    )
+    correction_low: float = doc(0.5, "loss.icepop: tokens whose weight is lower are dropped")
+    correction_high: float = doc(5.0, "loss.icepop: tokens whose weight is higher are dropped")
+    sequence_gap_max: float = doc(
+        0.01, "loss.masked_sequences: nats of mean gap beyond which a completion is dropped"
+    )
+    pass_k: int = doc(4, "advantage.pass_at_k: tries of which the best counts; below group_size")
+    kl: Callable[..., Any] = doc(loss.k3, "KL to the reference as a loss: k2 or k3 of grpo.loss")
+    kl_coef: float = doc(0.0, "weight of the KL to the reference; 0 keeps no reference")
+    kl_in_reward: bool = doc(
+        False,
+        "subtract kl_coef * sum of (log pi_old - log pi_ref) from the reward; no KL loss then",
+    )
+    ref_every: int = doc(
+        0, "steps after which the reference becomes the current policy; 0: it stays the initial one"
+    )
+    entropy_coef: float = doc(0.0, "weight of the entropy, which it raises")
+    mask_truncated: bool = doc(
+        False, "completions cut off at the limit neither train nor count in the denominator"
+    )
+    dynamic_rounds: int = doc(
+        0,
+        "further rounds of problems drawn to replace groups whose rewards are all equal; 0: off",
+    )
+    overlong_buffer_tokens: int = doc(
+        0,
+        "soft penalty: completions that use the last so many tokens of max_new_tokens lose up to "
+        "overlong_penalty points, linearly; 0: off",
+    )
+    overlong_penalty: float = doc(1.0, "points lost at max_new_tokens")
 
 
 @dataclasses.dataclass
@@ -166,7 +222,9 @@ class SftConfig(Section):
         None, "problems whose meta['worked'] is a whole completion; None takes data.train"
     )
     rows_per_step: int = doc(64, "worked problems an update")
-    microbatch_rows: int = doc(0, "rows on the devices at one time; 0 takes all")
+    microbatch_tokens: int = doc(
+        4096, "token slots on each device at one time while gradients add up; at least one row"
+    )
     learning_rate: float = doc(1e-3, "peak; the rest is as in `optim`")
     warmup_updates: int = doc(10, "updates of linear warm-up")
 
@@ -284,16 +342,20 @@ def _need(condition: bool, message: str) -> None:
 
 
 _POSITIVE = """
-    algo.problems_per_step algo.minibatches sample.max_new_tokens sample.slots
-    sample.tokens_per_dispatch sample.max_gap_nats data.max_prompt_tokens reward.workers
-    reward.deadline_s model.width model.mlp_width model.num_layers model.num_heads
-    model.num_kv_heads model.logprob_chunk optim.eps optim.clip_norm optim.max_bad_updates
-    sft.rows_per_step eval.num_problems eval.num_samples log.save_every log.keep_checkpoints
+    algo.problems_per_step algo.minibatches algo.passes algo.microbatch_tokens algo.dual_clip
+    algo.sapo_temperature_positive algo.sapo_temperature_negative algo.correction_cap
+    algo.correction_low algo.correction_high algo.sequence_gap_max algo.pass_k
+    sample.max_new_tokens sample.slots sample.tokens_per_dispatch sample.max_gap_nats
+    data.max_prompt_tokens reward.workers reward.deadline_s model.width model.mlp_width
+    model.num_layers model.num_heads model.num_kv_heads model.logprob_chunk optim.eps
+    optim.clip_norm optim.max_bad_updates sft.rows_per_step sft.microbatch_tokens
+    eval.num_problems eval.num_samples log.save_every log.keep_checkpoints
 """.split()
 _NOT_NEGATIVE = """
-    seed num_steps algo.microbatch_rows algo.clip_high algo.kl_coef optim.learning_rate
-    optim.warmup_updates optim.weight_decay reward.gold_check sft.num_steps sft.microbatch_rows
-    sft.learning_rate sft.warmup_updates eval.every log.rollouts_every
+    seed num_steps algo.clip_high algo.kl_coef algo.ref_every algo.entropy_coef
+    algo.dynamic_rounds algo.overlong_buffer_tokens algo.overlong_penalty optim.learning_rate
+    optim.warmup_updates optim.weight_decay reward.gold_check sft.num_steps sft.learning_rate
+    sft.warmup_updates eval.every log.rollouts_every
 """.split()
 _SHARES = """
     algo.clip_low optim.end_share optim.beta1 optim.beta2 reward.max_failure_rate
@@ -327,12 +389,7 @@ def validate(config: Config) -> None:
         rows % algo.minibatches == 0,
         f"{product} = {rows} rows cannot be split into {algo.minibatches} equal minibatches",
     )
-    per_update = rows // algo.minibatches
-    _need(
-        algo.microbatch_rows == 0 or per_update % algo.microbatch_rows == 0,
-        f"{product} / minibatches ({algo.minibatches}) = {per_update} rows an update cannot be "
-        f"split into microbatches of {algo.microbatch_rows}",
-    )
+    _validate_algorithm(config)
     _need(bool(reward.functions), "reward.functions is empty: there is nothing to learn from")
     for weight, function in reward.functions:
         _need(math.isfinite(weight), f"the weight of {describe(function)} is {weight}")
@@ -349,27 +406,102 @@ def validate(config: Config) -> None:
         f"model.compute_dtype is {config.model.compute_dtype!r}; choose from {dtypes}",
     )
     _need("{gold}" in reward.gold_format, "reward.gold_format must contain {gold}")
-    updates = config.num_steps * algo.minibatches
+    updates = config.num_steps * algo.minibatches * algo.passes
     _need(
         config.num_steps == 0 or optim.warmup_updates <= updates,
         f"optim.warmup_updates is {optim.warmup_updates}, but the run makes only num_steps "
-        f"({config.num_steps}) x minibatches ({algo.minibatches}) = {updates} updates: it would "
-        "never reach its learning rate",
+        f"({config.num_steps}) x minibatches ({algo.minibatches}) x passes ({algo.passes}) = "
+        f"{updates} updates: it would never reach its learning rate",
     )
     if config.eval.every:
         _need(config.data.held_out is not None, "eval.every is set, but data.held_out is not")
     if config.sft.num_steps:
         sft = config.sft
         _need(
-            sft.microbatch_rows == 0 or sft.rows_per_step % sft.microbatch_rows == 0,
-            f"sft.rows_per_step ({sft.rows_per_step}) cannot be split into microbatches of "
-            f"{sft.microbatch_rows}",
-        )
-        _need(
             sft.warmup_updates <= sft.num_steps,
             f"sft.warmup_updates is {sft.warmup_updates}, but the cold start makes only "
             f"sft.num_steps = {sft.num_steps} updates: it would never reach its learning rate",
         )
+
+
+def _validate_algorithm(config: Config) -> None:
+    """The part of `validate` for choices of the algorithm that exclude one another."""
+    algo, limit = config.algo, config.sample.max_new_tokens
+    chosen = _function(algo.advantage)
+    if chosen is advantage.pass_at_k:
+        _need(
+            algo.pass_k < algo.group_size,
+            f"algo.pass_k is {algo.pass_k}, but must be below algo.group_size ({algo.group_size}): "
+            "a completion is compared with k others",
+        )
+    if chosen is advantage.maxrl:
+        negative = [describe(f) for weight, f in config.reward.functions if weight < 0]
+        subtracts = {
+            "a negative weight in reward.functions": bool(negative),
+            "algo.overlong_buffer_tokens": algo.overlong_buffer_tokens > 0,
+            "algo.kl_in_reward": algo.kl_in_reward,
+        }
+        for what, present in subtracts.items():
+            _need(
+                not present,
+                f"advantage.maxrl divides by the mean reward, which {what} can make negative or 0; "
+                "take another advantage or leave that out",
+            )
+    if _function(algo.objective) is loss.dual_clipped:
+        _need(
+            algo.dual_clip > 1 + algo.clip_high,
+            f"algo.dual_clip is {algo.dual_clip}; it must be above 1 + clip_high "
+            f"({1 + algo.clip_high}), else it takes the place of the clip",
+        )
+    if _function(algo.correction) is loss.icepop:
+        _need(
+            algo.correction_low < 1 < algo.correction_high,
+            f"algo.correction_low ({algo.correction_low}) and algo.correction_high "
+            f"({algo.correction_high}) must lie on both sides of 1: a weight of 1 is no gap at all",
+        )
+    loss.check_kl(algo.kl)
+    _need(
+        algo.kl_coef > 0 or not algo.kl_in_reward,
+        f"algo.kl_in_reward is set, but algo.kl_coef is {algo.kl_coef}: nothing is subtracted",
+    )
+    _need(
+        algo.kl_coef > 0 or not algo.ref_every,
+        f"algo.ref_every is set, but algo.kl_coef is {algo.kl_coef}: there is no reference",
+    )
+    _need(
+        algo.overlong_buffer_tokens <= limit,
+        f"algo.overlong_buffer_tokens is {algo.overlong_buffer_tokens}, but completions have at "
+        f"most sample.max_new_tokens = {limit}",
+    )
+
+
+def _function(chosen: Any) -> Any:
+    """What a `functools.partial` of it calls."""
+    return chosen.func if isinstance(chosen, functools.partial) else chosen
+
+
+def bind(function: Callable[..., Any], *settings: Section) -> Callable[..., Any]:
+    """`function` with its numbers filled in from the configuration.
+
+    A number is a keyword-only parameter without a default. It is read from the first of `settings`
+    that has a field of its name, and so counts as used; numbers of functions that were not chosen
+    do not. A function without such parameters is returned as it is.
+
+    Raises:
+      ValueError: no section has a field of that name.
+    """
+    numbers = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
+            having = [s for s in settings if name in {f.name for f in dataclasses.fields(s)}]  # type: ignore[arg-type]
+            if not having:
+                kinds = " or ".join(type(s).__name__ for s in settings)
+                raise ValueError(
+                    f"{describe(function)} wants a number {name!r}, but {kinds} has no such field; "
+                    f"give it a default, or set it with functools.partial({name}=...)"
+                )
+            numbers[name] = getattr(having[0], name)
+    return functools.partial(function, **numbers) if numbers else function
 
 
 def track_reads(config: Config) -> None:
@@ -424,7 +556,8 @@ def help_text(config: Config) -> str:
         lines += ["", f"{path}: {section.__doc__}"]
         for where, field, value in fields(config):
             if where == path:
-                setting = f"  {path}.{field.name}={value!r}".ljust(len(column) - 1)
+                shown = describe(value) if callable(value) else repr(value)
+                setting = f"  {path}.{field.name}={shown}".ljust(len(column) - 1)
                 text = f"{setting} {field.metadata['doc']}"
                 lines += textwrap.wrap(text, 100, subsequent_indent=column)
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 An array's name ends in its shape:
 
   P problems a step      G completions a problem     B = P * G sequences
-  Q prompt slots         C completion slots          T token slots of a row
+  Q prompt slots         C completion slots          T = Q + C token slots of a row
   S key/value slots      R rows of a batch           M microbatches
   V vocabulary           D model width               F MLP width
   N query heads          K key/value heads           H head width
@@ -65,7 +65,7 @@ class Scores:
       reward_PG: float32, the weighted sum of the components.
       valid_PG: bool; False where a verifier itself failed, and the row must not train.
       components: name -> float32 [P, G], before weights.
-      weights: name -> what the component counts in the sum.
+      weights: name -> what the component is multiplied by in the sum.
       statuses: name -> list of B statuses (`rewards.api`).
     """
 
@@ -77,22 +77,25 @@ class Scores:
 
 
 class Batch(struct.PyTreeNode):
-    """Packed rows for the update: prompts, each followed by one or more of its completions.
+    """Fixed-shape packed rows for the update.
+
+    A row holds prompts, each followed by one or more of its completions, which share it. A
+    completion never spans two rows. Whatever stands where `mask_RC` is False is never read.
 
     Attributes:
-      tokens_RT: int32 ids; padding wherever `groups_RT` is 0.
-      positions_RT: int32, from 0 at the start of each prompt; every completion goes on from its
-        prompt's end.
+      tokens_RT: int32 ids; padding anywhere `groups_RT` is 0.
+      positions_RT: int32, from 0 at the start of each prompt; completions of one prompt each go on
+        from its end.
       groups_RT: int32; which prompt-with-completions of the row a token belongs to; 0 is padding.
-      branches_RT: int32; 0 for a prompt's tokens, else which completion of the row. A token sees
-        earlier tokens of its own branch, and those of its group's prompt.
-      contexts_RC: int32 slot whose hidden state predicts each completion token.
+      branches_RT: int32; 0 for prompt tokens, else which completion of the row. A token sees
+        earlier tokens of its own branch and of its group's prompt.
+      contexts_RC: int32 slot in the row whose hidden state predicts each completion token.
       targets_RC: int32 id of each completion token.
-      sequences_RC: int32 < C, the number within the row of the completion a token belongs to.
+      sequences_RC: int32 below C: number, within the row, of the completion the token belongs to.
       mask_RC: bool, this completion token trains.
-      advantage_RC: float32, the advantage of the completion the token belongs to.
+      advantage_RC: float32, the advantage of the sequence the token belongs to.
       old_logprobs_RC: float32 nats of the policy the ratio is taken against. Ignored if the
-        rollout gets a single update, where the ratio is 1 by construction.
+        batch gets a single update, where the ratio is 1 by construction.
       sampler_logprobs_RC: float32 nats as the rollout engine reported them.
       ref_logprobs_RC: float32 nats of the frozen reference; zeros if there is none.
     """
@@ -112,7 +115,7 @@ class Batch(struct.PyTreeNode):
 
 
 class Totals(NamedTuple):
-    """What a loss is divided by: counts over a whole minibatch, before rows are dropped or split.
+    """What a loss is divided by: counts over the whole minibatch, before rows are dropped or split.
 
     Attributes:
       tokens: trained completion tokens.

@@ -16,11 +16,12 @@ OURS = ("grpo", "rewards", "experiments", "tools")
 # anything, as long as no circle closes.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "grpo.structs": (),
-    "grpo.advantage": (),
+    "grpo.advantage": ("grpo.structs",),
     "grpo.estimators": (),
     "grpo.fetch": (),
     "grpo.loss": ("grpo.structs",),
-    "grpo.config": ("grpo.data.sources", "grpo.model.arch"),
+    "grpo.config": ("grpo.advantage", "grpo.data.sources", "grpo.loss", "grpo.model.arch"),
+    "grpo.presets": ("grpo.advantage", "grpo.config", "grpo.loss"),
     "grpo.sharding": ("grpo.model.params",),
     "grpo.batch": ("grpo.sharding", "grpo.structs"),
     "grpo.data": ("grpo.data",),
