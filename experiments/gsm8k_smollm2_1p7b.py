@@ -46,7 +46,7 @@ def get_config() -> Config:
             functions=((1.0, numeric_answer), (0.1, r1_format_lenient)),
             gold_format="<think>so</think>\n<answer>{gold}</answer>",
         ),
-        algo=AlgoConfig(problems_per_step=32, group_size=8, microbatch_rows=16),
+        algo=AlgoConfig(problems_per_step=32, group_size=8, microbatch_tokens=4096),
         optim=OptimConfig(learning_rate=1e-6, warmup_updates=10),
         eval=EvalConfig(every=50, num_problems=256, num_samples=4, answer_of=tagged_answer),
         log=LogConfig(save_every=25),

@@ -41,7 +41,7 @@ def get_config() -> Config:
         ),
         sample=SampleConfig(max_new_tokens=24, slots=32, tokens_per_dispatch=8),
         reward=RewardConfig(functions=((1.0, last_number),)),
-        algo=AlgoConfig(problems_per_step=8, group_size=8, microbatch_rows=32),
+        algo=AlgoConfig(problems_per_step=8, group_size=8, microbatch_tokens=4096),
         optim=OptimConfig(learning_rate=1e-5, warmup_updates=3),
         eval=EvalConfig(every=20, num_problems=64, num_samples=4, answer_of=last_number_text),
         log=LogConfig(save_every=10),

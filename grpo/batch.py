@@ -83,27 +83,35 @@ def row_shape(
 ) -> RowShape:
     """How long rows are, and how many a microbatch has.
 
-    A row has room for one prompt and k completions of full length. More completions a row share
-    their prompt's cost, but attention looks at the whole row: with a relative cost a of one
-    attended position against one token, a completion costs (T + a T^2 / 2) / k for
-    T = max_prompt + k max_new, which is least at k = sqrt(2 (Q / a + Q^2 / 2)) / C.
+    A row has room for k completions of full length and their prompts. Longer rows share prompts
+    and waste less at their ends; but attention looks at the whole row. A completion costs
+
+      T / k * (1 + a T / 2) * (1 + C / 2T)
+
+    for T slots, a the cost of one attended position against that of one token, and C / 2 slots
+    left over in a row; k is where that is least.
 
     Args:
-      max_prompt, max_new: longest prompt Q and completion C.
-      group_size: completions of one prompt, the most that can share it.
-      samples: of a minibatch; no more rows are made than they can fill.
-      microbatch_tokens: slots each device works on at a time.
+      max_prompt, max_new: longest prompt and completion C, tokens.
+      group_size: completions that share a prompt.
+      samples: of a minibatch; a microbatch has no more rows than they can fill.
+      microbatch_tokens: slots each device works on at a time; at least one row.
       ways: parts the mesh splits rows into.
-      attention_share: a, see `grpo.model.arch.Arch`.
+      attention_share: a, see `grpo.model.params.attention_share`.
     """
-    Q, C = max_prompt, max_new
-    best = math.sqrt(2 * (Q / attention_share + Q * Q / 2)) / C
-    fit = (microbatch_tokens - Q) // C
-    k = max(1, min(round(best), group_size, fit))
-    T = Q + k * C
+
+    def slots(k: int) -> int:
+        return math.ceil(k / group_size) * max_prompt + k * max_new
+
+    def cost(k: int) -> float:
+        T = slots(k)
+        return T / k * (1 + attention_share * T / 2) * (1 + max_new / (2 * T))
+
+    fitting = [k for k in range(1, samples + 1) if slots(k) <= microbatch_tokens] or [1]
+    k = min(fitting, key=cost)
     most = math.ceil(math.ceil(samples / k) / ways)
-    rows = max(1, min(microbatch_tokens // T, most)) * ways
-    return RowShape(rows=rows, tokens=T, completion_tokens=k * C)
+    rows = max(1, min(microbatch_tokens // slots(k), most)) * ways
+    return RowShape(rows=rows, tokens=slots(k), completion_tokens=k * max_new)
 
 
 def totals(samples: Sequence[Sample]) -> Totals:
@@ -149,9 +157,7 @@ def _assign(samples: Sequence[Sample], shape: RowShape) -> list[dict[int, list[i
                 )
             needs = [length if group in row else prompt + length for row in rows]
             fits = [
-                n
-                for n, need in enumerate(needs)
-                if need <= free[n][0] and length <= free[n][1]
+                n for n, need in enumerate(needs) if need <= free[n][0] and length <= free[n][1]
             ]
             sharing = [n for n in fits if group in rows[n]]
             chosen = (sharing or fits or [len(rows)])[0]

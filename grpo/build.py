@@ -1,7 +1,6 @@
 """From a configuration to the parts of a run: nothing is computed here, everything is checked."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -9,22 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from grpo.config import Config, check_all_read, track_reads, validate
+from grpo import loss
+from grpo.batch import row_shape
+from grpo.config import Config, bind, check_all_read, track_reads, validate
 from grpo.data.prompts import usable_indices
 from grpo.data.sources import ProblemSource, Slice
 from grpo.data.tokenizer import Tokenizer
 from grpo.engine.engine import Engine
 from grpo.held_out import Evaluator
-from grpo.loss import grpo_loss
-from grpo.model.params import Params
+from grpo.model.params import Params, attention_share
 from grpo.policy import Policy, make_policy
 from grpo.schedule import Schedule, make_schedule
 from grpo.scoring import Scorer
 from grpo.sharding import batch_ways
 from grpo.stages.sft import SftStage
-from grpo.structs import Batch, TrainState
+from grpo.structs import Batch, Scores, TrainState
 from grpo.update import (
+    Objective,
     Update,
     abstract_state,
     decayed_params,
@@ -32,7 +34,6 @@ from grpo.update import (
     learning_rate,
     make_logprobs,
     make_optimizer,
-    make_update,
 )
 from rewards.api import Problem
 
@@ -45,8 +46,10 @@ class Run:
       problems: those of data.train whose prompts fit.
       state_like: shapes and shardings of the state, to restore a checkpoint into.
       new_state: initial parameters -> state at step 0.
-      update: (state, batch) -> (state, metrics).
-      logprobs: (params, batch [M, R, ...]) -> log-probs [M, R, C], jitted.
+      advantage: scores -> advantages [P, G].
+      update: (state, microbatches, totals) -> (state, metrics).
+      needs_every_row: completions of zero advantage still have a gradient (KL or entropy).
+      logprobs: (params, microbatch) -> log-probs [R, C], jitted.
     """
 
     config: Config
@@ -60,7 +63,9 @@ class Run:
     sft: SftStage | None
     state_like: TrainState
     new_state: Callable[[Params], TrainState]
+    advantage: Callable[[Scores], np.ndarray]
     update: Update
+    needs_every_row: bool
     logprobs: Callable[[Params, Batch], jax.Array]
 
 
@@ -88,22 +93,21 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
     track_reads(config)
     policy = make_policy(config)
     stack.enter_context(jax.set_mesh(policy.mesh))
-    schedule = make_schedule(config, batch_ways(policy.mesh))
-    optim = config.optim
+    algo, optim, sample = config.algo, config.optim, config.sample
+    max_prompt = config.data.max_prompt_tokens
+    shape = row_shape(
+        max_prompt=max_prompt,
+        max_new=sample.max_new_tokens,
+        group_size=algo.group_size,
+        samples=algo.problems_per_step * algo.group_size // algo.minibatches,
+        microbatch_tokens=algo.microbatch_tokens,
+        ways=batch_ways(policy.mesh),
+        attention_share=attention_share(policy.arch),
+    )
+    schedule = make_schedule(config, shape)
     rate = learning_rate(optim, optim.learning_rate, optim.warmup_updates, schedule.updates)
     print(schedule.describe(rate), flush=True)
-
-    algo = config.algo
-    on_policy = algo.minibatches == 1  # the ratio is 1: nothing to clip, so the clip is not read
-    objective = partial(
-        grpo_loss,
-        clip_low=1.0 if on_policy else algo.clip_low,
-        clip_high=math.inf if on_policy else algo.clip_high,
-        kl_coef=algo.kl_coef,
-        on_policy=on_policy,
-    )
     optimizer = make_optimizer(optim, rate, decayed_params(policy))
-    max_prompt = config.data.max_prompt_tokens
     assert config.data.train is not None  # validate() saw to it
     check = config.data.check_reference
     problems = _usable(policy.tokenizer, config.data.train, max_prompt, check, "train")
@@ -112,7 +116,6 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
             f"algo.problems_per_step is {algo.problems_per_step}, but data.train has only "
             f"{len(problems)} usable problems"
         )
-    sample = config.sample
     engine = Engine(
         policy.arch,
         policy.tokenizer,
@@ -129,6 +132,7 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
     if config.sft.num_steps:
         source = config.sft.source or config.data.train
         sft = SftStage(config, policy, source, workdir / "sft")
+    renewed = bool(algo.kl_coef and algo.ref_every)
     run = Run(
         config=config,
         workdir=workdir,
@@ -139,9 +143,17 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
         scorer=scorer,
         evaluator=_evaluator(config, policy, engine, scorer) if config.eval.every else None,
         sft=sft,
-        state_like=abstract_state(policy, optimizer),
-        new_state=partial(init_state, policy, optimizer=optimizer),
-        update=make_update(policy, objective, optimizer, rate),
+        state_like=abstract_state(policy, optimizer, keep_reference=renewed),
+        new_state=partial(init_state, policy, optimizer=optimizer, keep_reference=renewed),
+        advantage=bind(algo.advantage, algo),
+        update=Update(
+            policy,
+            _objective(config, schedule.on_policy),
+            optimizer,
+            rate,
+            keep_reference=renewed,
+        ),
+        needs_every_row=bool(algo.entropy_coef or (algo.kl_coef and not algo.kl_in_reward)),
         logprobs=make_logprobs(policy),
     )
     _read_what_the_loop_reads(config)
@@ -149,9 +161,31 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
     return run
 
 
+def _objective(config: Config, on_policy: bool) -> Objective:
+    """The loss that `config.algo` puts together."""
+    algo = config.algo
+    corrected = algo.correction or (loss.uncorrected if on_policy else loss.truncated)
+    return partial(
+        loss.grpo_loss,
+        objective=bind(algo.objective, algo),
+        aggregate=bind(algo.aggregate, algo, config.sample),
+        correction=bind(corrected, algo),
+        kl=algo.kl,
+        kl_coef=0.0 if algo.kl_in_reward else algo.kl_coef,
+        entropy_coef=algo.entropy_coef,
+        on_policy=on_policy,
+    )
+
+
 def _read_what_the_loop_reads(config: Config) -> None:
     """Touches the fields that the loop itself looks at, always, while it runs."""
     _ = config.log.save_every, config.log.keep_checkpoints, config.log.rollouts_every
+    algo = config.algo
+    _ = algo.passes, algo.mask_truncated, algo.kl_in_reward, algo.dynamic_rounds
+    if algo.kl_coef:
+        _ = algo.ref_every
+    if algo.overlong_buffer_tokens:
+        _ = algo.overlong_penalty
     _ = config.sample.max_gap_nats, config.optim.max_bad_updates
     if config.reward.gold_check:
         _ = config.reward.gold_format

@@ -122,15 +122,16 @@ class MetricLog:
 
         Args:
           step: number of the training step, from 0.
-          metrics: name -> number (Python, numpy or a JAX scalar).
+          metrics: name -> number (Python, numpy or a JAX scalar), or a list of numbers: a
+            histogram, which is written to metrics.jsonl alone.
         """
         if self._rows is None:
             return
-        values = {name: float(metrics[name]) for name in sorted(metrics)}
+        values = {name: np.asarray(metrics[name], float).tolist() for name in sorted(metrics)}
         self._rows.write({"step": int(step)} | values)
         if self._events is not None:
             for name, value in values.items():
-                if math.isfinite(value):
+                if isinstance(value, float) and math.isfinite(value):
                     self._events.add_scalar(name, value, step)
             self._events.flush()
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,16 @@ def write_result(workdir: Path, **result: Any) -> None:
     (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def dump_batch(workdir: Path, step: int, batch: Batch) -> Path:
+def dump_batch(workdir: Path, step: int, microbatches: Sequence[Batch]) -> Path:
     """Keeps the rows of an update that was not finite, for whoever looks for the reason."""
     folder = workdir / "bad_batches"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:06d}.npz"
-    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in vars(batch).items()}
+    names = vars(microbatches[0])
+    arrays: dict[str, Any] = {
+        name: np.concatenate([np.asarray(getattr(batch, name)) for batch in microbatches])
+        for name in names
+    }
     np.savez_compressed(path, **arrays)
     print(f"step {step}: an update was not finite and was skipped; its batch is in {path}")
     return path

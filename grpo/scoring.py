@@ -57,6 +57,7 @@ class Scorer:
             reward_PG=np.where(valid_PG, value_PGn @ self.weights, 0.0).astype(np.float32),
             valid_PG=valid_PG,
             components={name: value_PGn[..., n] for n, name in enumerate(self.names)},
+            weights=dict(zip(self.names, map(float, self.weights), strict=True)),
             statuses={
                 name: [str(row[n].status) for group in scores_PG for row in group]
                 for n, name in enumerate(self.names)

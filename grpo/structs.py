@@ -133,15 +133,19 @@ class TrainState(struct.PyTreeNode):
       step: int32, rollouts (or supervised batches) consumed so far.
       updates: int32, optimiser updates made so far; what the learning rate follows.
       bad_updates: int32, updates in a row that were skipped because a number was not finite.
+      cursor: int32, problems drawn so far (`grpo.data.order.draw`).
       params: the train form, float32.
       opt_state: what optax keeps.
+      ref_params: the reference policy, where it is renewed during the run (`algo.ref_every`).
     """
 
     step: Any
     updates: Any
     bad_updates: Any
+    cursor: Any
     params: Any
     opt_state: Any
+    ref_params: Any = None
 
 
 class Mean(NamedTuple):

@@ -9,15 +9,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from grpo import runinfo
-from grpo.advantage import group_advantage, has_signal
-from grpo.batch import make_batch, minibatches, to_device
 from grpo.build import Run, build
 from grpo.checkpoint import Checkpoints, params_sha256
 from grpo.config import Config
-from grpo.data.order import problems_for_step
+from grpo.data.order import draw
+from grpo.groups import fill_groups
+from grpo.learn import learn, shaped
 from grpo.metrics import GRPO_COLUMNS, ConsoleTable, JsonlWriter, MetricLog
 from grpo.model.params import Params
 from grpo.report import report_run
@@ -56,8 +56,10 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         checkpoints = Checkpoints(workdir / "checkpoints", config.log.keep_checkpoints)
         stack.callback(checkpoints.close)
         state = restore_or_start(run, checkpoints, stop)
-        ref_params = starting_params(run, stop) if config.algo.kl_coef else None
-        first = int(state.step)
+        algo, first = config.algo, int(state.step)
+        # A reference that is renewed is part of the state.
+        fixed = algo.kl_coef and not algo.ref_every
+        ref_params = starting_params(run, stop) if fixed else None
         log = stack.enter_context(MetricLog(workdir, resume_step=first))
         texts = stack.enter_context(JsonlWriter(workdir / "rollouts.jsonl", resume_step=first))
         table = ConsoleTable(GRPO_COLUMNS, config.num_steps)
@@ -65,47 +67,30 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         for step in range(first, config.num_steps):
             metrics, started = evaluate_if_due(run, state, step), time.monotonic()
 
-            # 1. Ask: P problems, the same for anyone who knows (seed, step).
-            algo = config.algo
-            rows = problems_for_step(len(run.problems), step, algo.problems_per_step, config.seed)
-            asked = [run.problems[i] for i in rows]
-
-            # 2. Sample G completions of each, and 3. score every one as it ends. The current
-            # policy is pi_old for the rest of this step.
-            weights = run.policy.for_decoding(state.params)
-            key = jax.random.fold_in(jax.random.key(config.seed), step)
-            temperature = config.sample.temperature
-            rollout, scores, timing = sample_and_score(
-                run.engine,
-                run.scorer,
-                weights,
-                asked,
-                algo.group_size,
-                key,
-                temperature=temperature,
-            )
-            del weights
+            # 1. Ask P problems, sample G completions of each, and score every one as it ends. The
+            # current policy is pi_old for the rest of this step.
+            cursor, (rollout, scores, asked) = ask(run, state, step)
+            scores = shaped(run, rollout, scores)
+            metrics |= asked | run.scorer.metrics(scores)
             if config.log.rollouts_every and step % config.log.rollouts_every == 0:
                 for row in readable_rows(step, rollout, scores, run.policy.tokenizer):
                     texts.write(row)
             with saving_first(checkpoints, state):
                 run.scorer.check_rates(scores)
 
-            # 4. Compare: A = (r - mean_G r) / std_G r. The group is the baseline.
-            advantage_PG = np.asarray(
-                group_advantage(scores.reward_PG, scores.valid_PG, scale_by_std=algo.scale_by_std)
-            )
-
-            # 5. Update: a few clipped steps on this rollout, then throw it away.
+            # 2. Compare each completion with its group, and 3. make a few updates with that.
             updating = time.monotonic()
-            state, report = update_on(run, state, ref_params, rollout, scores, advantage_PG)
-            state = state.replace(step=state.step + 1)
+            state, report = learn(run, state, ref_params, rollout, scores)
+            state = state.replace(
+                step=state.step + 1, cursor=state.cursor + cursor - int(state.cursor)
+            )
+            if state.ref_params is not None and (step + 1) % algo.ref_every == 0:
+                state = state.replace(ref_params=jax.tree.map(jnp.copy, state.params))
 
-            metrics |= timing | run.scorer.metrics(scores) | report
-            metrics["groups/signal"] = float(has_signal(scores.reward_PG, scores.valid_PG).mean())
+            metrics |= report
             metrics["time/update_s"] = time.monotonic() - updating
             metrics["time/step_s"] = time.monotonic() - started
-            metrics["engine/compiled"] = run.engine.num_compiled()
+            metrics["engine/compiled"] = run.engine.num_compiled() + run.update.num_compiled()
             log.log(step, metrics)
             table.row(step, metrics)
             with saving_first(checkpoints, state):
@@ -128,41 +113,30 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
     return state
 
 
-def update_on(
-    run: Run,
-    state: TrainState,
-    ref_params: Params | None,
-    rollout: Rollout,
-    scores: Scores,
-    advantage_PG: np.ndarray,
-) -> tuple[TrainState, dict[str, float]]:
-    """One optimiser update a minibatch; metrics are means over them, the gap their largest."""
-    config, mesh = run.config, run.policy.mesh
-    micro = run.schedule.microbatch_rows
-    batch = make_batch(
-        rollout,
-        advantage_PG,
-        scores.valid_PG,
-        max_prompt=run.engine.max_prompt,
-        max_new=run.engine.max_new,
-    )
+def ask(
+    run: Run, state: TrainState, step: int
+) -> tuple[int, tuple[Rollout, Scores, dict[str, float]]]:
+    """The groups of a step, and the cursor behind the problems they took."""
+    config, algo = run.config, run.config.algo
+    weights = run.policy.for_decoding(state.params)
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    cursor = int(state.cursor)
 
-    def recomputed(params: Params) -> np.ndarray:
-        logprobs_MRC = run.logprobs(params, to_device(batch, micro, mesh))
-        return np.asarray(logprobs_MRC).reshape(batch.mask_RC.shape)
+    def sample(count: int, number: int) -> tuple[Rollout, Scores, dict[str, float]]:
+        nonlocal cursor
+        rows, cursor = draw(len(run.problems), cursor, count, config.seed)
+        return sample_and_score(
+            run.engine,
+            run.scorer,
+            weights,
+            [run.problems[i] for i in rows],
+            algo.group_size,
+            jax.random.fold_in(key, number),
+            temperature=config.sample.temperature,
+        )
 
-    if config.algo.minibatches > 1:
-        batch = batch.replace(old_logprobs_RC=recomputed(state.params))
-    if ref_params is not None:
-        batch = batch.replace(ref_logprobs_RC=recomputed(ref_params))
-    reports = []
-    for part in minibatches(batch, config.algo.minibatches, config.seed, int(state.step)):
-        state, report = run.update(state, to_device(part, micro, mesh))
-        if report["optim/skipped"]:
-            runinfo.dump_batch(run.workdir, int(state.step), part)
-        reports.append({name: float(value) for name, value in report.items()})
-    largest = {"sampler/gap_nats_max": max(r["sampler/gap_nats_max"] for r in reports)}
-    return state, {n: float(np.mean([r[n] for r in reports])) for n in reports[0]} | largest
+    groups = fill_groups(sample, algo.problems_per_step, algo.dynamic_rounds)
+    return cursor, groups
 
 
 def evaluate_if_due(run: Run, state: TrainState, step: int) -> dict[str, float]:

@@ -61,7 +61,11 @@ def decayed_params(policy: Policy) -> dict[str, Any]:
 
 
 def init_state(
-    policy: Policy, params: Params, optimizer: optax.GradientTransformation
+    policy: Policy,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    keep_reference: bool = False,
 ) -> TrainState:
     """A state at step 0; the optimiser's moments are created sharded like their parameters."""
 
@@ -71,11 +75,13 @@ def init_state(
             step=zero,
             updates=zero,
             bad_updates=zero,
+            cursor=zero,
             params=params,
             opt_state=optimizer.init(params),
+            ref_params=jax.tree.map(jnp.copy, params) if keep_reference else None,
         )
 
-    shardings = _shardings(abstract_state(policy, optimizer))
+    shardings = _shardings(abstract_state(policy, optimizer, keep_reference=keep_reference))
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
 
@@ -89,7 +95,9 @@ def abstract_params(policy: Policy) -> Params:
     )
 
 
-def abstract_state(policy: Policy, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(
+    policy: Policy, optimizer: optax.GradientTransformation, *, keep_reference: bool = False
+) -> TrainState:
     """Shapes and shardings of the state: moments lie as their parameters, counters everywhere."""
     params, everywhere = abstract_params(policy), replicated(policy.mesh)
 
@@ -105,7 +113,13 @@ def abstract_state(policy: Policy, optimizer: optax.GradientTransformation) -> T
         transform_non_params=lambda leaf: place(leaf, everywhere),
     )
     return TrainState(
-        step=counter, updates=counter, bad_updates=counter, params=params, opt_state=opt_state
+        step=counter,
+        updates=counter,
+        bad_updates=counter,
+        cursor=counter,
+        params=params,
+        opt_state=opt_state,
+        ref_params=params if keep_reference else None,
     )
 
 
@@ -116,10 +130,10 @@ def _shardings(state_like: TrainState) -> TrainState:
 class Sums(struct.PyTreeNode):
     """What microbatches add up to."""
 
-    loss: jax.Array
-    means: Means
-    maxima: Maxima
-    grads: Params
+    loss: Any
+    means: Any
+    maxima: Any
+    grads: Any
 
 
 def microbatch_sums(
@@ -158,6 +172,7 @@ class Update:
       objective: the loss of a microbatch, already divided by the whole minibatch's counts.
       optimizer: optax.
       schedule: its learning rate, for the log.
+      keep_reference: the state holds a reference policy.
     """
 
     def __init__(
@@ -166,8 +181,11 @@ class Update:
         objective: Objective,
         optimizer: optax.GradientTransformation,
         schedule: optax.Schedule,
+        *,
+        keep_reference: bool = False,
     ):
-        state = _shardings(abstract_state(policy, optimizer))
+        like = abstract_state(policy, optimizer, keep_reference=keep_reference)
+        state = _shardings(like)
         everywhere = replicated(policy.mesh)
         sums = Sums(loss=everywhere, means=everywhere, maxima=everywhere, grads=state.params)
         parts: Any = {"logprobs": policy.logprobs, "objective": objective}
@@ -176,7 +194,7 @@ class Update:
         self._apply = jax.jit(
             partial(_apply, optimizer=optimizer, schedule=schedule),
             out_shardings=(state, everywhere),
-            donate_argnums=(0, 1),
+            donate_argnums=0,
         )
 
     def __call__(

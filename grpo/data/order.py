@@ -1,36 +1,46 @@
-"""Which problems a step asks: a pure function of (seed, step), so that nothing has to be saved."""
+"""Which problems are asked next: a pure function of (seed, cursor), so that one number is saved."""
 
 import functools
 
 import numpy as np
 
 
-def problems_for_step(source_len: int, step: int, count: int, seed: int) -> list[int]:
-    """The indices of the `count` problems of `step`, all different.
+def draw(source_len: int, cursor: int, count: int, seed: int) -> tuple[list[int], int]:
+    """The indices of the next `count` problems, all different, and the cursor behind them.
 
-    Every epoch is a fresh permutation of the whole source, cut into steps of `count`. The
-    remainder that does not fill a step is left out of that epoch.
+    Every epoch is a fresh permutation of the whole source. What is left of an epoch that cannot
+    fill the draw is left out of it.
 
     Args:
       source_len: how many problems there are.
-      step: counts rollouts from 0.
-      count: problems a step.
+      cursor: problems drawn or left out so far; 0 at first.
+      count: problems wanted.
       seed: of the run; not negative.
 
     Raises:
-      ValueError: a step cannot be filled, or a number is out of range.
+      ValueError: a draw cannot be filled, or a number is out of range.
     """
-    if count < 1 or step < 0 or seed < 0:
-        raise ValueError(f"need count >= 1, step >= 0 and seed >= 0; got {count}, {step}, {seed}")
+    if count < 1 or cursor < 0 or seed < 0:
+        raise ValueError(f"need count >= 1, cursor >= 0, seed >= 0; got {count}, {cursor}, {seed}")
     if count > source_len:
         raise ValueError(
             f"a step asks {count} different problems but the source holds {source_len}: "
             f"{count} - {source_len} = {count - source_len} too few. Ask fewer a step and sample "
             "larger groups, or use more data"
         )
-    epoch, batch = divmod(step, source_len // count)
-    chosen = _permutation(source_len, seed, epoch)[batch * count : (batch + 1) * count]
-    return [int(i) for i in chosen]
+    epoch, start = divmod(cursor, source_len)
+    if start + count > source_len:
+        epoch, start = epoch + 1, 0
+    chosen = _permutation(source_len, seed, epoch)[start : start + count]
+    return [int(i) for i in chosen], epoch * source_len + start + count
+
+
+def problems_for_step(source_len: int, step: int, count: int, seed: int) -> list[int]:
+    """The problems of `step` where every step draws `count`: what `draw` gives the step-th time."""
+    if step < 0:
+        raise ValueError(f"need step >= 0; got {step}")
+    epoch, batch = divmod(step, max(source_len // max(count, 1), 1))
+    return draw(source_len, epoch * source_len + batch * count, count, seed)[0]
 
 
 @functools.lru_cache(maxsize=4)  # training and evaluation, each across an epoch's border

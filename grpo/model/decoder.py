@@ -145,9 +145,7 @@ def tree_attention(
     for start in range(0, T, _BLOCK):
         stop = min(start + _BLOCK, T)
         mask_RqS = tree_mask(groups_RT, branches_RT, start, stop)
-        mixed.append(
-            attention(q_RTNH[:, start:stop], k_RTKH[:, :stop], v_RTKH[:, :stop], mask_RqS)
-        )
+        mixed.append(attention(q_RTNH[:, start:stop], k_RTKH[:, :stop], v_RTKH[:, :stop], mask_RqS))
     return jnp.concatenate(mixed, axis=1)
 
 

@@ -80,3 +80,12 @@ def num_params(arch: Arch) -> int:
     """Parameters of the model, counting a tied head once."""
     leaves = jax.tree.leaves(param_table(arch), is_leaf=lambda x: isinstance(x, ParamSpec))
     return sum(math.prod(spec.shape) for spec in leaves)
+
+
+def attention_share(arch: Arch) -> float:
+    """Operations to attend to one position, over those of one token's matrix products."""
+    leaves = jax.tree.leaves(
+        param_table(arch)["layers"], is_leaf=lambda x: isinstance(x, ParamSpec)
+    )
+    attended = 4 * arch.num_heads * arch.head_width * arch.num_layers
+    return attended / (2 * sum(math.prod(spec.shape) for spec in leaves))

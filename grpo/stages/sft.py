@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from grpo.batch import make_rows, to_device
+from grpo.batch import Sample, pack, row_shape, to_device, totals
 from grpo.checkpoint import Checkpoints
 from grpo.config import Config
 from grpo.data.order import problems_for_step
@@ -18,34 +18,34 @@ from grpo.data.sources import ProblemSource
 from grpo.data.tokenizer import Tokenizer
 from grpo.loss import sft_loss
 from grpo.metrics import SFT_COLUMNS, ConsoleTable, MetricLog
-from grpo.model.params import Params
+from grpo.model.params import Params, attention_share
 from grpo.policy import Policy
 from grpo.sharding import batch_ways
 from grpo.signals import StopSignal
-from grpo.structs import Batch, TrainState
+from grpo.structs import TrainState
 from grpo.update import (
+    Update,
     abstract_state,
     decayed_params,
     init_state,
     learning_rate,
     make_optimizer,
-    make_update,
 )
 from rewards.api import Problem
 
 _SHOW_EVERY = 10  # steps a console line: supervised steps are short
 
 
-def worked_rows(
+def worked_samples(
     tokenizer: Tokenizer, problems: Sequence[Problem], max_prompt: int, max_new: int
-) -> Batch:
-    """One row a worked problem: its prompt, its completion, and the stop token.
+) -> list[Sample]:
+    """One sample a worked problem: its prompt, its completion, and the stop token.
 
     Raises:
       ValueError: a problem has no worked completion, or is too long; names it.
     """
-    prompts, completions = [], []
-    for problem in problems:
+    samples = []
+    for number, problem in enumerate(problems):
         if "worked" not in problem.meta:
             raise ValueError(
                 f"problem {problem.uid!r} has no meta['worked'], the completion to learn from"
@@ -58,9 +58,8 @@ def worked_rows(
                 f"{len(completion)} tokens; at most {max_prompt} (data.max_prompt_tokens) and "
                 f"{max_new} (sample.max_new_tokens) fit"
             )
-        prompts.append(prompt)
-        completions.append(completion)
-    return make_rows(prompts, completions, max_prompt=max_prompt, max_new=max_new)
+        samples.append(Sample(group=number, prompt=prompt, completion=completion))
+    return samples
 
 
 class SftStage:
@@ -68,12 +67,6 @@ class SftStage:
 
     def __init__(self, config: Config, policy: Policy, source: ProblemSource, folder: Path):
         sft, optim = config.sft, config.optim
-        rows, ways = sft.microbatch_rows or sft.rows_per_step, batch_ways(policy.mesh)
-        if rows % ways:
-            raise ValueError(
-                f"a supervised microbatch of {rows} rows cannot be split over data x fsdp = {ways} "
-                "devices; choose sft.microbatch_rows or sft.rows_per_step as a multiple of it"
-            )
         if len(source) < sft.rows_per_step:
             raise ValueError(
                 f"sft.rows_per_step is {sft.rows_per_step}, but the cold start has only "
@@ -81,14 +74,22 @@ class SftStage:
             )
         self.policy, self.source, self.folder = policy, source, folder
         self.num_steps, self.rows, self.seed = sft.num_steps, sft.rows_per_step, config.seed
-        self.microbatch_rows = sft.microbatch_rows
         self.max_prompt = config.data.max_prompt_tokens
         self.max_new = config.sample.max_new_tokens
+        self.row_shape = row_shape(
+            max_prompt=self.max_prompt,
+            max_new=self.max_new,
+            group_size=1,
+            samples=sft.rows_per_step,
+            microbatch_tokens=sft.microbatch_tokens,
+            ways=batch_ways(policy.mesh),
+            attention_share=attention_share(policy.arch),
+        )
         self.max_bad_updates = optim.max_bad_updates
         self.save_every, self.keep = config.log.save_every, config.log.keep_checkpoints
         schedule = learning_rate(optim, sft.learning_rate, sft.warmup_updates, sft.num_steps)
         self.optimizer = make_optimizer(optim, schedule, decayed_params(policy))
-        self.update = make_update(policy, sft_loss, self.optimizer, schedule)
+        self.update = Update(policy, sft_loss, self.optimizer, schedule)
 
     def run(self, params: Params, stop: StopSignal) -> Params:
         """The parameters after the stage; goes on from its own checkpoint if there is one.
@@ -128,11 +129,12 @@ class SftStage:
         started = time.monotonic()
         rows = problems_for_step(len(self.source), step, self.rows, self.seed)
         problems = [self.source[i] for i in rows]
-        batch = worked_rows(self.policy.tokenizer, problems, self.max_prompt, self.max_new)
-        tokens = int(batch.mask_RC.sum())
-        on_device = to_device(batch, self.microbatch_rows, self.policy.mesh)
-        state, report = self.update(state, on_device)
+        samples = worked_samples(self.policy.tokenizer, problems, self.max_prompt, self.max_new)
+        counts = totals(samples)
+        packed = pack(samples, self.row_shape)
+        on_device = [to_device(batch, self.policy.mesh) for batch in packed.microbatches]
+        state, report = self.update(state, on_device, counts)
         metrics = {name: float(value) for name, value in report.items()}
         metrics["time/step_s"] = time.monotonic() - started
-        metrics["sft/tokens_per_s"] = tokens / metrics["time/step_s"]
+        metrics["sft/tokens_per_s"] = float(counts.tokens) / metrics["time/step_s"]
         return state.replace(step=state.step + 1), metrics
