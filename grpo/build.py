@@ -16,7 +16,7 @@ from grpo.config import Config, bind, check_all_read, track_reads, validate
 from grpo.data.prompts import usable_indices
 from grpo.data.sources import ProblemSource, Slice
 from grpo.data.tokenizer import Tokenizer
-from grpo.engine.engine import Engine
+from grpo.engine.engine import Engine, shared_slots
 from grpo.held_out import Evaluator
 from grpo.model.params import Params, attention_share
 from grpo.policy import Policy, make_policy
@@ -123,6 +123,10 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
         max_prompt=max_prompt,
         max_new=sample.max_new_tokens,
         slots=sample.slots,
+        slots_per_prompt=sample.slots_per_prompt
+        or shared_slots(
+            sample.slots, batch_ways(policy.mesh), algo.group_size, schedule.completions
+        ),
         tokens_per_dispatch=sample.tokens_per_dispatch,
         dtype=config.model.compute_dtype,
         stop_strings=sample.stop_strings,

@@ -98,6 +98,9 @@ class SampleConfig(Section):
     temperature: float = doc(1.0, "divides the logits, in sampling and in the loss alike")
     max_new_tokens: int = doc(512, "a completion is cut off here and its finish says `length`")
     slots: int = doc(64, "completions decoded side by side; refilled as they end")
+    slots_per_prompt: int = doc(
+        0, "slots that share one stored prompt, and change it together; 0: chosen by the run"
+    )
     tokens_per_dispatch: int = doc(16, "tokens decoded before the host looks again")
     stop_strings: tuple[str, ...] = doc((), "texts that end a completion, beside its stop tokens")
     max_gap_nats: float = doc(
@@ -352,7 +355,7 @@ _POSITIVE = """
     eval.num_problems eval.num_samples log.save_every log.keep_checkpoints
 """.split()
 _NOT_NEGATIVE = """
-    seed num_steps algo.clip_high algo.kl_coef algo.ref_every algo.entropy_coef
+    seed num_steps sample.slots_per_prompt algo.clip_high algo.kl_coef algo.ref_every algo.entropy_coef
     algo.dynamic_rounds algo.overlong_buffer_tokens algo.overlong_penalty optim.learning_rate
     optim.warmup_updates optim.weight_decay reward.gold_check sft.num_steps sft.learning_rate
     sft.warmup_updates eval.every log.rollouts_every

@@ -63,6 +63,7 @@ def sample_and_score(
         "rollout/truncated": float(np.mean([c.finish == LENGTH for c in rollout.completions])),
         "rollout/tokens_per_s": stats.tokens / max(stats.seconds, 1e-9),
         "rollout/occupancy": stats.tokens / max(stats.slot_steps, 1),
+        "rollout/idle_share": stats.idle_s / max(stats.seconds, 1e-9),
         "time/sample_s": sampled - started,
         "time/score_s": scored - sampled,
     }

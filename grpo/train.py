@@ -60,6 +60,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         # A reference that is renewed is part of the state.
         fixed = algo.kl_coef and not algo.ref_every
         ref_params = starting_params(run, stop) if fixed else None
+        run.engine.compile(run.policy.for_decoding(state.params))
         log = stack.enter_context(MetricLog(workdir, resume_step=first))
         texts = stack.enter_context(JsonlWriter(workdir / "rollouts.jsonl", resume_step=first))
         table = ConsoleTable(GRPO_COLUMNS, config.num_steps)

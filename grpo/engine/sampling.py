@@ -1,4 +1,7 @@
-"""One token from a distribution: temperature only, one uniform a row, no sort."""
+"""One token from a distribution: one uniform a row, no sort."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +43,70 @@ def _first_beyond(reached_Bn: jax.Array, goal_B: jax.Array, mass_Bn: jax.Array) 
     return jnp.where(beyond_Bn.any(axis=-1), jnp.argmax(beyond_Bn, axis=-1), last_B)
 
 
+class Filters(NamedTuple):
+    """Which tokens may be drawn at all; for evaluation and serving, never for training.
+
+    A truncated distribution is not the policy's: what is sampled would not be what is trained.
+
+    Attributes:
+      top_k: int32; this many likeliest tokens (and those as likely as the last of them); 0: all.
+      top_p: float32; the fewest likeliest tokens that hold this much probability; 1: all.
+      min_p: float32; those at least this share as likely as the likeliest; 0: all.
+    """
+
+    top_k: Any
+    top_p: Any
+    min_p: Any
+
+
+def filtered(scaled_BV: jax.Array, filters: Filters) -> jax.Array:
+    """Logits with -inf where a filter forbids the token; each filter looks at the whole.
+
+    No sort: the least probability kept is found by bisection over the bits of a float32, 31 sums
+    over the vocabulary, which may stay sharded.
+    """
+    probability_BV = jax.nn.softmax(scaled_BV, axis=-1)
+
+    def count_is_enough(kept_BV: jax.Array) -> jax.Array:
+        return kept_BV.sum(-1) >= filters.top_k
+
+    def mass_is_enough(kept_BV: jax.Array) -> jax.Array:
+        return jnp.sum(probability_BV, axis=-1, where=kept_BV) >= filters.top_p
+
+    lowest_B1 = probability_BV.max(-1, keepdims=True) * filters.min_p
+    by_count_B1 = _least_kept(probability_BV, count_is_enough)
+    by_mass_B1 = _least_kept(probability_BV, mass_is_enough)
+    lowest_B1 = jnp.maximum(lowest_B1, jnp.where(filters.top_k > 0, by_count_B1, 0.0))
+    lowest_B1 = jnp.maximum(lowest_B1, jnp.where(filters.top_p < 1, by_mass_B1, 0.0))
+    return jnp.where(probability_BV >= lowest_B1, scaled_BV, -jnp.inf)
+
+
+def _least_kept(probability_BV: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The greatest threshold [B, 1] at which the tokens not below it are still enough.
+
+    Non-negative floats order as their bits do, so bisection over the bits is exact.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(probability_BV, jnp.int32)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B, high_B = bounds  # enough at low; not, or not known to be, at high
+        middle_B = low_B + (high_B - low_B) // 2
+        good_B = enough(bits_BV >= middle_B[:, None])
+        return jnp.where(good_B, middle_B, low_B), jnp.where(good_B, high_B, middle_B)
+
+    zeros_B = jnp.zeros(probability_BV.shape[0], jnp.int32)
+    start = zeros_B, bits_BV.max(-1) + 1
+    low_B, _ = jax.lax.fori_loop(0, 31, halve, start)
+    return jax.lax.bitcast_convert_type(low_B, jnp.float32)[:, None]
+
+
 def sample_token(
-    logits_BV: jax.Array, uniform_B: jax.Array, temperature: jax.Array, *, greedy: bool
+    logits_BV: jax.Array,
+    uniform_B: jax.Array,
+    temperature: jax.Array,
+    *,
+    greedy: bool,
+    filters: Filters | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """A token a row, and its log-probability (nats) in the distribution it was drawn from.
 
@@ -50,8 +115,11 @@ def sample_token(
       uniform_B: float32 in [0, 1), one random number a row.
       temperature: positive; divides the logits. The log-probability includes it.
       greedy: take the likeliest token instead, whatever the random number.
+      filters: see there; the log-probability is that of what is left.
     """
     scaled_BV = logits_BV / temperature
+    if filters is not None:
+        scaled_BV = filtered(scaled_BV, filters)
     normaliser_B = jax.nn.logsumexp(scaled_BV, axis=-1)
     if greedy:
         token_B = jnp.argmax(scaled_BV, axis=-1).astype(jnp.int32)

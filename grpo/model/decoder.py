@@ -203,13 +203,17 @@ def to_decode(params: Params, arch: Arch, dtype: str) -> Params:
     return cast
 
 
-def _shard_kv(x_BSKH: jax.Array) -> jax.Array:
-    return shard(x_BSKH, "batch", None, "kv_heads", None, rules=DECODE_RULES)
+def _shard_kv(x_BKSH: jax.Array) -> jax.Array:
+    return shard(x_BKSH, "batch", "kv_heads", None, None, rules=DECODE_RULES)
 
 
-def empty_cache(arch: Arch, slots: int, length: int, dtype: str) -> list[KV]:
-    """Keys and values of nothing yet: per layer two arrays [slots, length, K, H]."""
-    shape = (slots, length, arch.num_kv_heads, arch.head_width)
+def empty_cache(arch: Arch, rows: int, length: int, dtype: str) -> list[KV]:
+    """Keys and values of nothing yet: per layer two arrays [rows, K, length, H].
+
+    Heads come before positions, as the matrix products of decoding want them: the other order
+    makes XLA on a CPU turn the whole cache around at every token.
+    """
+    shape = (rows, arch.num_kv_heads, length, arch.head_width)
     return [
         (_shard_kv(jnp.zeros(shape, dtype)), _shard_kv(jnp.zeros(shape, dtype)))
         for _ in range(arch.num_layers)
@@ -217,13 +221,13 @@ def empty_cache(arch: Arch, slots: int, length: int, dtype: str) -> list[KV]:
 
 
 def prefill(weights: Params, arch: Arch, tokens_RQ: jax.Array) -> list[KV]:
-    """Keys and values of prompts, [R, Q, K, H] per layer; what stands behind a prompt's end is
-    rubbish that decoding overwrites before it can see it."""
+    """Keys and values of prompts, [R, K, Q, H] per layer; what stands behind a prompt's end is
+    rubbish, which `decode_step` does not look at."""
     positions_RQ = jnp.broadcast_to(jnp.arange(tokens_RQ.shape[1]), tokens_RQ.shape)
     causal_RQQ = positions_RQ[:, :, None] >= positions_RQ[:, None, :]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KV]:
-        return attention(q, k, v, causal_RQQ), (k, v)
+        return attention(q, k, v, causal_RQQ), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     x_RQD, cache = weights["embed"][tokens_RQ], []
     for layer in weights["layers"]:
@@ -232,28 +236,111 @@ def prefill(weights: Params, arch: Arch, tokens_RQ: jax.Array) -> list[KV]:
     return cache
 
 
-def decode_step(
-    weights: Params, arch: Arch, cache: list[KV], token_B: jax.Array, position_B: jax.Array
-) -> tuple[jax.Array, list[KV]]:
-    """Logits [B, V] of what follows `token_B`, and the cache with that token's keys and values.
+def shared_prefix_attention(
+    q_BTNH: jax.Array,
+    prompt: KV,
+    prompt_len_P: jax.Array,
+    own: KV,
+    visible_BTS: jax.Array,
+) -> jax.Array:
+    """Attention over a prompt that G sequences share and over what each wrote itself.
 
-    Row b's token stands at `position_B[b]`; it sees the cache up to and including itself.
+    Scores of the two parts are normalised together, so the result is that of one softmax over
+    both. The prompt's keys and values are read once for all G, not once for each.
+
+    Args:
+      q_BTNH: queries of B = P * G sequences; rows p * G to (p + 1) * G share prompt p.
+      prompt: keys and values [P, K, Q, H].
+      prompt_len_P: how much of each prompt there is.
+      own: keys and values [B, K, S, H].
+      visible_BTS: which of its own slots each query sees; at least one.
     """
-    rows_B = jnp.arange(token_B.shape[0])
-    length = cache[0][0].shape[1]
-    visible_B1S = (jnp.arange(length)[None] <= position_B[:, None])[:, None]
+    B, T, N, H = q_BTNH.shape
+    P, K, Q, _ = prompt[0].shape
+    n = N // K  # query heads a key/value head
+    q_BTNH = q_BTNH * H**-0.5
+    q_BTKnH = q_BTNH.reshape(B, T, K, n, H)
+    q_BKmH = jnp.moveaxis(q_BTKnH, 2, 1).reshape(B, K, T * n, H)
+    q_PKgH = jnp.moveaxis(q_BTNH.reshape(P, -1, T, K, n, H), 3, 1).reshape(P, K, -1, H)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, kv: KV) -> tuple[jax.Array, KV]:
-        keys = kv[0].at[rows_B, position_B].set(k[:, 0].astype(kv[0].dtype))
-        values = kv[1].at[rows_B, position_B].set(v[:, 0].astype(kv[1].dtype))
-        return attention(q, keys, values, visible_B1S), (keys, values)
+    def scores(q: jax.Array, k: jax.Array) -> jax.Array:
+        return jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32)
 
-    x_B1D, written = weights["embed"][token_B][:, None], []
-    for layer, kv in zip(weights["layers"], cache, strict=True):
-        x_B1D, kept = block(
-            layer, x_B1D, position_B[:, None], arch, functools.partial(attend, kv=kv)
+    def mixed(weight: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.einsum("bkqs,bksh->bkqh", weight.astype(v.dtype), v)
+
+    low = jnp.finfo(jnp.float32).min
+    there_P11Q = (jnp.arange(Q) < prompt_len_P[:, None])[:, None, None]
+    scores_PKgQ = jnp.where(there_P11Q, scores(q_PKgH, prompt[0]), low)
+    seen_BKmS = jnp.repeat(visible_BTS, n, axis=1)[:, None]
+    scores_BKmS = jnp.where(seen_BKmS, scores(q_BKmH, own[0]), low)
+
+    def per_sequence(x_PKgX: jax.Array) -> jax.Array:
+        """[P, K, G * T * n, ...] -> [B, K, T * n, ...]."""
+        split = x_PKgX.reshape(P, K, B // P, T * n, -1)
+        return jnp.moveaxis(split, 2, 1).reshape(B, K, T * n, -1)
+
+    def per_prompt(x_BKmX: jax.Array) -> jax.Array:
+        split = x_BKmX.reshape(P, B // P, K, T * n, -1)
+        return jnp.moveaxis(split, 2, 1).reshape(P, K, (B // P) * T * n, -1)
+
+    top_BKm1 = jnp.maximum(
+        per_sequence(scores_PKgQ.max(-1, keepdims=True)), scores_BKmS.max(-1, keepdims=True)
+    )
+    weight_PKgQ = jnp.where(there_P11Q, jnp.exp(scores_PKgQ - per_prompt(top_BKm1)), 0.0)
+    weight_BKmS = jnp.exp(scores_BKmS - top_BKm1)
+    total_BKm1 = per_sequence(weight_PKgQ.sum(-1, keepdims=True)) + weight_BKmS.sum(
+        -1, keepdims=True
+    )
+    out_BKmH = per_sequence(mixed(weight_PKgQ, prompt[1])) + mixed(weight_BKmS, own[1])
+    out_BKTnH = (out_BKmH / total_BKm1).reshape(B, K, T, n, H)
+    return jnp.moveaxis(out_BKTnH, 2, 1).reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def decode_step(
+    weights: Params,
+    arch: Arch,
+    prompts: list[KV],
+    prompt_len_P: jax.Array,
+    cache: list[KV],
+    tokens_BT: jax.Array,
+    written_B: jax.Array,
+) -> tuple[jax.Array, list[KV]]:
+    """Logits [B, T, V] of what follows each token, and the cache with their keys and values.
+
+    Args:
+      weights: the decode form.
+      arch: shape of the model.
+      prompts: keys and values [P, K, Q, H] a layer; see `shared_prefix_attention`.
+      prompt_len_P: tokens of each prompt.
+      cache: keys and values [B, K, S, H] a layer of what stands behind the prompts.
+      tokens_BT: the next tokens of each sequence, usually one.
+      written_B: tokens already in each row of the cache; these go behind them.
+    """
+    B, T = tokens_BT.shape
+    length = cache[0][0].shape[2]
+    slot_BT = written_B[:, None] + jnp.arange(T)
+    visible_BTS = jnp.arange(length) <= slot_BT[..., None]
+    position_BT = jnp.repeat(prompt_len_P, B // len(prompt_len_P))[:, None] + slot_BT
+    rows_B1 = jnp.arange(B)[:, None]
+
+    def put(cache_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+        # Indices around a slice put its axis last: [B, T, K, H], as the new ones are.
+        return cache_BKSH.at[rows_B1, :, slot_BT].set(
+            new_BTKH.astype(cache_BKSH.dtype), mode="drop", unique_indices=True
         )
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, *, prompt: KV, own: KV
+    ) -> tuple[jax.Array, KV]:
+        own = put(own[0], k), put(own[1], v)
+        return shared_prefix_attention(q, prompt, prompt_len_P, own, visible_BTS), own
+
+    x_BTD, written = weights["embed"][tokens_BT], []
+    for layer, prompt, own in zip(weights["layers"], prompts, cache, strict=True):
+        attend_here = functools.partial(attend, prompt=prompt, own=own)
+        x_BTD, kept = block(layer, x_BTD, position_BT, arch, attend_here)
         written.append(kept)
-    x_BD = rms_norm(x_B1D[:, 0], weights["final_norm"], arch.norm_eps)
-    logits_BV = jnp.einsum("bd,dv->bv", x_BD, head(weights), preferred_element_type=jnp.float32)
-    return logits_BV, written
+    x_BTD = rms_norm(x_BTD, weights["final_norm"], arch.norm_eps)
+    logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, head(weights), preferred_element_type=jnp.float32)
+    return logits_BTV, written
