@@ -59,7 +59,7 @@ def ragged(seed: int, count: int = 9) -> list[Tokens]:
 
 def pack(
     completions: Sequence[Tokens], rows: Sequence[Sequence[int]], width: int
-) -> tuple[np.ndarray, np.ndarray, Batch]:
+) -> tuple[Any, Any, Batch]:
     """(log-probs, entropy, batch): row r holds the completions `rows[r]`, one after another."""
     shape = (len(rows), width)
     arrays: dict[str, Any] = {

@@ -79,7 +79,7 @@ def test_hand_numbers(name, rewards, expected):
 def test_reinforce_pp_has_one_scale_for_the_whole_batch():
     """Centred: +-1/2, +-1/20, 0, 0. Variance (2/4 + 2/400) / 6 = 0.0841667, std 0.290115."""
     got = advantage.reinforce_pp(scores_of([[1, 0], [0.1, 0], [1, 1]]))
-    expected = [[1.723457, -1.723457], [0.1723457, -0.1723457], [0, 0]]
+    expected = np.array([[1.723457, -1.723457], [0.1723457, -0.1723457], [0, 0]])
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
@@ -173,7 +173,9 @@ def test_gdpo_against_a_loop():
     components = {name: rng.integers(0, 2, (30, 5)).astype(float) for name in ("right", "form")}
     components["flat"] = np.ones((30, 5))
     weights = {"right": 1.0, "form": -0.3, "flat": 2.0}
-    summed = sum(weights[name] * slow_batch("grpo", components[name], valid) for name in components)
+    summed = np.zeros((30, 5))
+    for name, component in components.items():
+        summed += weights[name] * slow_batch("grpo", component, valid)
     compared = summed[valid & (valid.sum(axis=1, keepdims=True) >= 2)]
     got = advantage.gdpo(scores_of(np.zeros((30, 5)), valid, components, weights))
     np.testing.assert_allclose(got, summed / (compared.std() + 1e-6), rtol=1e-4, atol=1e-6)
@@ -269,7 +271,9 @@ def test_kl_is_subtracted_from_the_reward_and_stays_visible():
     assert got.weights == {"right": 1.0, "kl_ref": -0.1}
     assert list(scores.components) == ["right"]  # a new record, the old one as it was
     # The reward is still the weighted sum of its components, which is what gdpo reads.
-    total = sum(got.weights[name] * got.components[name] for name in got.components)
+    total = np.zeros((1, 3))
+    for name, component in got.components.items():
+        total += got.weights[name] * component
     np.testing.assert_allclose(got.reward_PG[got.valid_PG], total[got.valid_PG], rtol=1e-6)
 
 
@@ -287,7 +291,7 @@ def test_a_component_is_named_once_and_finite():
 )
 def test_overlong_penalty_falls_over_the_last_tokens(length, points):
     """Limit 100 tokens, buffer 20, penalty 0.5: each of the last 20 costs 1/40."""
-    assert overlong_penalty(np.int32(length), 100, 20, 0.5) == pytest.approx(points)
+    assert overlong_penalty(np.array(length), 100, 20, 0.5) == pytest.approx(points)
 
 
 def test_overlong_penalty_of_a_group_is_a_component():

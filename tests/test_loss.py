@@ -19,7 +19,7 @@ from grpo import advantage, loss
 from grpo.loss import grpo_loss, k1, k2, k3, sft_loss
 from grpo.structs import Batch, Scores, Totals
 
-CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 OBJECTIVES: dict[str, loss.Objective] = {
     "policy_gradient": loss.policy_gradient,
     "clipped": partial(loss.clipped, **CLIP),
@@ -335,10 +335,10 @@ def fast(
 ) -> Any:
     """(loss, gradients of each completion [2, length], means, maxima) by the real thing."""
     logprobs_RC, entropy_RC, batch = pack(completions, rows, width)
-    run = partial(grpo_loss, batch=batch, totals=totals_of(completions), **named(**choice))
+    totals, settings = totals_of(completions), named(**choice)
 
     def value(logprobs_RC, entropy_RC):
-        got, means, maxima = run(logprobs_RC, entropy_RC)
+        got, means, maxima = grpo_loss(logprobs_RC, entropy_RC, batch, totals, **settings)
         return got, (means, maxima) if metrics else ({}, {})
 
     both = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
@@ -386,7 +386,7 @@ def test_sums_by_sequence_are_of_trained_tokens_only():
 
 # ---- what must change nothing ----------------------------------------------------------------
 
-EVERYTHING = {
+EVERYTHING: dict[str, Any] = {
     "objective": "gspo_token",
     "aggregate": "by_sequence",
     "correction": "masked_sequences",
@@ -500,7 +500,7 @@ def test_huge_ratios_and_gaps_stay_finite_and_are_counted(name):
         ref_logprobs_RC=grid[:, 1:2],
     )
     settings = named(objective=name, aggregate="by_sequence", correction="icepop", kl_coef=0.1)
-    ones = np.ones((count, 1), np.float32)
+    ones = jnp.ones((count, 1))
 
     def run(logprobs_RC):
         value, means, _ = grpo_loss(logprobs_RC, ones, batch, Totals(count, count), **settings)
@@ -652,7 +652,7 @@ def _toy_logprobs(theta: Any, tokens_SC: Any, mask_SC: Any) -> jax.Array:
 def _toy_gradient(size: int, **choice: Any) -> Any:
     """-gradient of the mean loss of groups of this size, jitted; one for each choice."""
     by_length = partial(loss.by_length, max_new_tokens=1)
-    settings = named(**({"aggregate": by_length, "on_policy": True} | choice))
+    settings = named(**({"aggregate": by_length} | choice))
 
     def one_group(logprobs_1C: jax.Array, batch: Batch) -> jax.Array:
         totals = Totals(batch.mask_RC.sum(), size)
@@ -729,7 +729,7 @@ class Toy:
             old_logprobs_RC=rows(self.logprobs_SC(old)),
             sampler_logprobs_RC=rows(self.logprobs_SC(sampler)),
         )
-        gradient = _toy_gradient(size, **choice)
+        gradient = _toy_gradient(size, **({"objective": "clipped", "on_policy": True} | choice))
         return gradient(self.theta, self.tokens_SC, self.mask_SC, X_G, weight_X, batch)
 
     def exact(self, value: Callable[[jax.Array], jax.Array]) -> Any:
@@ -838,12 +838,12 @@ def test_the_deviation_favours_problems_that_are_nearly_solved_or_nearly_never()
         toy.theta["first"] = jnp.log(jnp.array([p, (1 - p) / 2, (1 - p) / 2]))
         toy.reward_S = np.array([1, 0, 0], np.float32)
         exact = toy.exact(toy.expected_reward)["first"]
-        return float(toy.expected_gradient(estimator, 6)["first"][0] / exact[0])
+        return float(toy.expected_gradient(estimator, 5)["first"][0] / exact[0])
 
     middle, rare, common = (share(p, advantage.grpo) for p in (0.5, 0.05, 0.95))
-    assert rare > 1.15 * middle and common > 1.15 * middle
+    assert rare > 1.1 * middle and common > 1.1 * middle
     for p in (0.5, 0.05, 0.95):
-        assert share(p, advantage.dr_grpo) == pytest.approx(5 / 6, abs=1e-4)
+        assert share(p, advantage.dr_grpo) == pytest.approx(4 / 5, abs=1e-4)
 
 
 def test_by_sequence_punishes_long_wrong_completions_less():
