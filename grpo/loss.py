@@ -437,9 +437,9 @@ def _ratio_metrics(log_ratio_RC: jax.Array, silent_RC: jax.Array, batch: Batch) 
     """
     mask_RC, ratio_RC = batch.mask_RC, jnp.exp(log_ratio_RC)
     count = mask_RC.sum()
-    reached_ERC = log_ratio_RC >= jnp.log(jnp.array(RATIO_EDGES))[:, None, None]
-    reached_E = jnp.sum(reached_ERC, axis=(1, 2), where=mask_RC)
-    at_least = jnp.concatenate([count[None], reached_E, jnp.zeros(1, reached_E.dtype)])
+    reached_nRC = log_ratio_RC >= jnp.log(jnp.array(RATIO_EDGES))[:, None, None]
+    reached_n = jnp.sum(reached_nRC, axis=(1, 2), where=mask_RC)
+    at_least = jnp.concatenate([count[None], reached_n, jnp.zeros(1, reached_n.dtype)])
     return {
         "policy/ratio_mean": _mean(ratio_RC, mask_RC),
         "policy/ratio_share": Mean(at_least[:-1] - at_least[1:], count),
