@@ -437,8 +437,9 @@ def _ratio_metrics(log_ratio_RC: jax.Array, silent_RC: jax.Array, batch: Batch) 
     """
     mask_RC, ratio_RC = batch.mask_RC, jnp.exp(log_ratio_RC)
     count = mask_RC.sum()
-    reached = [jnp.sum(log_ratio_RC >= jnp.log(edge), where=mask_RC) for edge in RATIO_EDGES]
-    at_least = jnp.stack([count, *reached, jnp.zeros_like(count)])
+    reached_nRC = log_ratio_RC >= jnp.log(jnp.array(RATIO_EDGES))[:, None, None]
+    reached_n = jnp.sum(reached_nRC, axis=(1, 2), where=mask_RC)
+    at_least = jnp.concatenate([count[None], reached_n, jnp.zeros(1, reached_n.dtype)])
     return {
         "policy/ratio_mean": _mean(ratio_RC, mask_RC),
         "policy/ratio_share": Mean(at_least[:-1] - at_least[1:], count),

@@ -59,8 +59,8 @@ def grpo(config: Config) -> None:
 def r1_zero(config: Config) -> None:
     """`grpo` with the numbers of DeepSeek-R1-Zero: KL of 0.001, reference renewed every 400 steps.
 
-    32 problems a step, 16 completions each, temperature 1, learning rate 3e-6. The clip of 10 that
-    the paper gives for R1 is set here too: 0 to 11 times, so as good as none below.
+    32 problems a step, 16 completions each, temperature 1, learning rate 3e-6. The clip of 10 is
+    what the paper gives for the first stage of R1: ratios up to 11 count, and none is too low.
 
     Source: arXiv:2501.12948 (version 2 and Nature), training details.
     """
@@ -154,8 +154,8 @@ def sapo(config: Config) -> None:
 def rloo(config: Config) -> None:
     """RLOO: REINFORCE against the mean of the others, KL of 0.03 in the reward.
 
-    No clip: with one update a rollout there is nothing to clip, and the paper finds that it would
-    hardly ever act. Token log-probs of a completion add up, so its sum is divided by a constant.
+    No clip: with one update a rollout there is nothing to clip. The unit is the whole completion,
+    whose log-prob is the sum over its tokens: hence a constant in place of the length.
 
     Source: arXiv:2402.14740, section 2 and appendix C.
     """

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from tiny_experiment import get_config
 
+from grpo import advantage, loss
 from grpo.config import (
     AlgoConfig,
     Config,
+    bind,
     check_all_read,
     check_types,
     describe,
@@ -40,11 +42,14 @@ SURFACE = """
     config.sample: temperature max_new_tokens slots tokens_per_dispatch stop_strings max_gap_nats
     config.reward: functions workers deadline_s gold_format gold_check max_failure_rate
       max_timeout_rate
-    config.algo: problems_per_step group_size minibatches microbatch_rows scale_by_std clip_low
-      clip_high kl_coef
+    config.algo: problems_per_step group_size minibatches passes microbatch_tokens advantage
+      objective aggregate correction clip_low clip_high dual_clip sapo_temperature_positive
+      sapo_temperature_negative correction_cap correction_low correction_high sequence_gap_max
+      pass_k kl kl_coef kl_in_reward ref_every entropy_coef mask_truncated dynamic_rounds
+      overlong_buffer_tokens overlong_penalty
     config.optim: learning_rate warmup_updates decay end_share beta1 beta2 eps weight_decay
       clip_norm max_bad_updates
-    config.sft: num_steps source rows_per_step microbatch_rows learning_rate warmup_updates
+    config.sft: num_steps source rows_per_step microbatch_tokens learning_rate warmup_updates
     config.eval: every num_problems num_samples answer_of
     config.log: save_every keep_checkpoints rollouts_every
     config.mesh: data fsdp tensor
@@ -71,7 +76,9 @@ def test_every_section_and_field_is_documented():
 def test_the_help_shows_every_field_with_its_default():
     text = help_text(Config())
     for path, field, value in fields(Config()):
-        assert f"{path}.{field.name}={value!r}" in text
+        shown = describe(value) if callable(value) else repr(value)
+        assert f"{path}.{field.name}={shown}" in text
+    assert "config.algo.advantage=grpo.advantage.grpo" in text
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
@@ -89,7 +96,7 @@ def test_an_unknown_field_is_answered_with_those_that_exist():
     with pytest.raises(AttributeError) as refused:
         Config().algo.groupsize = 4
     message = str(refused.value)
-    assert "AlgoConfig has no field 'groupsize'; it has ['clip_high', 'clip_low'" in message
+    assert "AlgoConfig has no field 'groupsize'; it has ['advantage', 'aggregate'" in message
     assert message.endswith("Did you mean 'group_size'?")
     with pytest.raises(AttributeError, match=r"has no field 'zzz'; it has \[[^?]*\]\.$"):
         Config().algo.zzz = 4
@@ -103,7 +110,10 @@ def test_an_unknown_field_is_answered_with_those_that_exist():
         ("num_steps", 2.0),
         ("num_steps", True),
         ("num_steps", "3"),
-        ("algo__scale_by_std", 1),
+        ("algo__mask_truncated", 1),
+        ("algo__advantage", "grpo"),
+        ("algo__objective", None),
+        ("algo__correction", 2.0),
         ("algo__clip_low", "0.2"),
         ("algo__clip_low", False),
         ("sample__stop_strings", "</answer>"),
@@ -131,11 +141,50 @@ def test_whole_numbers_are_fine_where_fractions_are():
         ({"seed": -1}, "seed is -1; it cannot be negative"),
         ({"algo__group_size": 1}, "a group needs at least 2"),
         ({"algo__problems_per_step": 0}, "algo.problems_per_step is 0; it must be positive"),
-        ({"algo__microbatch_rows": -8}, "algo.microbatch_rows is -8; it cannot be negative"),
+        ({"algo__microbatch_tokens": 0}, "algo.microbatch_tokens is 0; it must be positive"),
+        ({"algo__passes": 0}, "algo.passes is 0; it must be positive"),
         ({"algo__minibatches": 3}, r"\(4\) x group_size \(4\) = 16 rows .* into 3 equal"),
         (
-            {"algo__minibatches": 2, "algo__microbatch_rows": 3},
-            r"\(4\) x group_size \(4\) / minibatches \(2\) = 8 rows .* microbatches of 3",
+            {"algo__advantage": advantage.pass_at_k},
+            r"algo.pass_k is 4, but must be below algo.group_size \(4\)",
+        ),
+        (
+            {"algo__advantage": functools.partial(advantage.pass_at_k), "algo__pass_k": 9},
+            "algo.pass_k is 9",
+        ),
+        (
+            {"algo__advantage": advantage.maxrl, "algo__overlong_buffer_tokens": 8},
+            "maxrl divides by the mean reward, which algo.overlong_buffer_tokens can make negative",
+        ),
+        (
+            {"algo__advantage": advantage.maxrl, "reward__functions": ((1.0, min), (-0.1, max))},
+            "maxrl .* a negative weight in reward.functions",
+        ),
+        (
+            {
+                "algo__advantage": advantage.maxrl,
+                "algo__kl_in_reward": True,
+                "algo__kl_coef": 0.1,
+            },
+            "maxrl .* algo.kl_in_reward",
+        ),
+        (
+            {"algo__objective": loss.dual_clipped, "algo__dual_clip": 1.1},
+            r"algo.dual_clip is 1.1; it must be above 1 \+ clip_high \(1.28\)",
+        ),
+        (
+            {"algo__correction": loss.icepop, "algo__correction_low": 1.5},
+            r"correction_low \(1.5\) and algo.correction_high \(5.0\) must lie on both sides",
+        ),
+        ({"algo__kl": loss.k1}, "algo.kl is k1, which cannot be a loss.*algo.kl_in_reward"),
+        ({"algo__kl_in_reward": True}, "kl_in_reward is set, but algo.kl_coef is 0.0: nothing"),
+        ({"algo__ref_every": 5}, "ref_every is set, but algo.kl_coef is 0.0: there is no ref"),
+        ({"algo__entropy_coef": -0.1}, "algo.entropy_coef is -0.1; it cannot be negative"),
+        ({"algo__sapo_temperature_positive": 0.0}, "sapo_temperature_positive is 0.0; it must be"),
+        ({"algo__dynamic_rounds": -1}, "algo.dynamic_rounds is -1; it cannot be negative"),
+        (
+            {"algo__overlong_buffer_tokens": 49},
+            "overlong_buffer_tokens is 49, but .* sample.max_new_tokens = 48",
         ),
         ({"algo__clip_low": 1.5}, r"algo.clip_low is 1.5; it must be in \[0, 1\]"),
         ({"algo__clip_high": -0.1}, "algo.clip_high is -0.1; it cannot be negative"),
@@ -151,11 +200,11 @@ def test_whole_numbers_are_fine_where_fractions_are():
         ({"optim__decay": "step"}, "optim.decay is 'step'; choose from .*'cosine'"),
         ({"optim__learning_rate": -1e-6}, "optim.learning_rate is -1e-06; it cannot be neg"),
         (
-            {"optim__warmup_updates": 9, "algo__minibatches": 2},
-            r"warmup_updates is 9, .* num_steps \(4\) x minibatches \(2\) = 8 updates",
+            {"optim__warmup_updates": 25, "algo__minibatches": 2, "algo__passes": 3},
+            r"is 25, .* num_steps \(4\) x minibatches \(2\) x passes \(3\) = 24 updates",
         ),
         ({"sft__warmup_updates": 5}, r"sft.warmup_updates is 5, .* sft.num_steps = 4 updates"),
-        ({"sft__microbatch_rows": 3}, r"sft.rows_per_step \(8\) .* microbatches of 3"),
+        ({"sft__microbatch_tokens": 0}, "sft.microbatch_tokens is 0; it must be positive"),
         ({"model__remat": "some"}, "model.remat is 'some'; choose from"),
         ({"model__compute_dtype": "float16"}, "model.compute_dtype is 'float16'; choose from"),
         ({"mesh__fsdp": 0}, "mesh.fsdp is 0; it must be positive, or -1"),
@@ -174,6 +223,11 @@ def test_numbers_that_cannot_work_are_refused_with_the_sum(changes, message):
         {"sft__num_steps": 0, "sft__warmup_updates": 99},
         {"optim__learning_rate": 0.0},
         {"mesh__data": -1, "mesh__fsdp": 1},
+        {"optim__warmup_updates": 8, "algo__passes": 2},
+        {"algo__microbatch_tokens": 1},
+        {"algo__dual_clip": 0.5, "algo__pass_k": 99},  # of functions that were not chosen
+        {"algo__advantage": advantage.maxrl},
+        {"algo__kl_coef": 0.1, "algo__kl_in_reward": True, "algo__ref_every": 3},
     ],
 )
 def test_what_is_unusual_but_works_passes(changes):
@@ -187,7 +241,7 @@ def test_a_changed_field_that_is_not_read_is_an_error():
     config = Config()
     config.algo.kl_coef = 0.1
     track_reads(config)
-    with pytest.raises(ValueError, match=r"config\.algo\.kl_coef=0\.1 \(weight of the k3 KL"):
+    with pytest.raises(ValueError, match=r"config\.algo\.kl_coef=0\.1 \(weight of the KL"):
         check_all_read(config, Config())
     _ = config.algo.kl_coef
     check_all_read(config, Config())
@@ -215,6 +269,52 @@ def test_functions_that_get_config_makes_anew_are_not_changes():
     assert config.eval.answer_of is not get_config().eval.answer_of
     track_reads(config)
     check_all_read(config, get_config())
+
+
+# ---- Numbers of the chosen functions -----------------------------------------------------------
+
+
+def test_bind_reads_the_numbers_a_function_asks_for_and_no_others():
+    config = Config()
+    config.algo.clip_low, config.algo.clip_high, config.algo.dual_clip = 0.1, 0.4, 7.0
+    track_reads(config)
+    bound: Any = bind(config.algo.objective, config.algo)
+    assert bound.func is loss.clipped and bound.keywords == {"clip_low": 0.1, "clip_high": 0.4}
+    with pytest.raises(ValueError, match=r"dual_clip=7\.0") as refused:
+        check_all_read(config, Config())
+    assert "clip_low" not in str(refused.value)
+
+
+def test_bind_looks_through_the_sections_in_order():
+    config = Config()
+    config.sample.max_new_tokens = 77
+    bound: Any = bind(loss.by_length, config.algo, config.sample)
+    assert bound.keywords == {"max_new_tokens": 77}
+
+
+def test_bind_leaves_functions_without_numbers_as_they_are():
+    assert bind(loss.uncorrected, Config().algo) is loss.uncorrected
+
+
+def test_bind_lets_a_partial_and_a_default_win():
+    algo = AlgoConfig(clip_low=0.1, clip_high=0.4)
+    fixed: Any = bind(functools.partial(loss.clipped, clip_low=0.3), algo)
+    assert fixed.keywords == {"clip_low": 0.3, "clip_high": 0.4}
+
+    def own(log_ratio_RC, batch, *, sharpness=2.0):
+        return sharpness
+
+    assert bind(own, algo)(None, None) == 2.0
+
+
+def test_bind_names_a_number_that_no_section_has():
+    def own(log_ratio_RC, batch, *, sharpness):
+        return sharpness
+
+    with pytest.raises(
+        ValueError, match="own wants a number 'sharpness', but AlgoConfig or Sample"
+    ):
+        bind(own, Config().algo, Config().sample)
 
 
 # ---- What is written down ----------------------------------------------------------------------
