@@ -129,20 +129,17 @@ def compare(runs: Iterable[Run]) -> list[Row]:
 
 
 def _row(theirs: dict[int, Run], ours: dict[int, Run]) -> Row:
-    done = [run.measured for run in theirs.values() if run.measured]
-    pairs = [
-        (ours[n].measured, run.measured)
-        for n, run in theirs.items()
-        if run.measured and n in ours and ours[n].measured
-    ]
+    them = {n: run.measured for n, run in theirs.items() if run.measured}
+    us = {n: run.measured for n, run in ours.items() if run.measured}
+    pairs = [(us[n], them[n]) for n in them if n in us]
     first = next(iter(theirs.values()))
     return Row(
         workload=first.workload,
         trainer=first.trainer,
-        measured=_median(done) if done else None,
-        rollout=Spread.of([us.rollout_tok_s / them.rollout_tok_s for us, them in pairs]),
-        step=Spread.of([us.step_tok_s / them.step_tok_s for us, them in pairs]),
-        memory=Spread.of([them.peak_rss_gib / us.peak_rss_gib for us, them in pairs]),
+        measured=_median(list(them.values())) if them else None,
+        rollout=Spread.of([u.rollout_tok_s / t.rollout_tok_s for u, t in pairs]),
+        step=Spread.of([u.step_tok_s / t.step_tok_s for u, t in pairs]),
+        memory=Spread.of([t.peak_rss_gib / u.peak_rss_gib for u, t in pairs]),
         rounds=len(theirs),
         failures=[run.failure for run in theirs.values() if not run.measured],
     )
@@ -174,7 +171,7 @@ def markdown(rows: Sequence[Row]) -> str:
     table = [f"| {' | '.join(cells)} |" for cells in lines]
     partly = [row for row in rows if row.measured and row.failures]
     notes = [f"- {r.workload}, {r.trainer}: {_failed(r)} of {r.rounds} rounds" for r in partly]
-    return "\n".join(table + ([""] + notes if notes else []))
+    return "\n".join(table + (["", *notes] if notes else []))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

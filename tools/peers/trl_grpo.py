@@ -28,8 +28,9 @@ from tools.peers import workload
 def numbers(args: argparse.Namespace) -> PreTrainedTokenizerFast:
     """A tokenizer of ids written as words: t17 is token 17.
 
-    Its special tokens are ids that no prompt has, the one for unknown words too. A special token is cut out of every word that it begins:
-    were "t1" one, "t17" would be two tokens, and a prompt of 128 words about 164.
+    Its special tokens are ids that no prompt has, the one for unknown words too: a special token
+    is cut out of every word that it begins. Were "t1" one, "t17" would be two tokens, and a prompt
+    of 128 words about 162.
     """
     vocabulary = {f"t{i}": i for i in range(args.vocab)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token=f"t{args.pad}"))

@@ -9,6 +9,7 @@ It runs in the environments of the other trainers: the standard library and nump
 
 import argparse
 import dataclasses
+import itertools
 import json
 import resource
 import statistics
@@ -135,7 +136,7 @@ def measured(rollouts: Sequence[Rollout], end: float, steps: int) -> dict[str, A
     if len(rollouts) != steps:
         raise RuntimeError(f"{steps} steps, but the trainer sampled {len(rollouts)} times")
     starts = [rollout.start for rollout in rollouts] + [end]
-    step_s = [after - before for before, after in zip(starts[:-1], starts[1:], strict=True)]
+    step_s = [after - before for before, after in itertools.pairwise(starts)]
     rollout_s = [rollout.end - rollout.start for rollout in rollouts]
     tokens = [rollout.tokens for rollout in rollouts[1:]]
     update_s = [step - part for step, part in zip(step_s, rollout_s, strict=True)]
