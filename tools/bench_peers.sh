@@ -123,7 +123,8 @@ run() {
   command_of "$trainer" "$workload"
   (
     { echo 1000 >/proc/self/oom_score_adj; } 2>/dev/null || true
-    exec timeout --kill-after=10 "$time_limit_s" "${command[@]}" >"$log.out" 2>"$log.log"
+    exec timeout --foreground --kill-after=10 "$time_limit_s" "${command[@]}" \
+      >"$log.out" 2>"$log.log"
   ) || status=$?
   result=$(grep '^{"' "$log.out" | tail -n 1) || true
   if ((status == 0)) && [[ -n $result ]]; then
@@ -145,6 +146,7 @@ done
 mkdir -p "$out"
 : >"$out/records.jsonl"
 export HF_HUB_OFFLINE=1 PYTHONPATH=.
+trap 'exit 130' INT # otherwise Ctrl-C ends one run, and the next one starts
 for workload in "${workloads[@]}"; do
   for ((round = 1; round <= rounds; round++)); do
     for trainer in "${trainers[@]}"; do
