@@ -1,0 +1,1 @@
+"""Other GRPO trainers, given the same work and timed."""
