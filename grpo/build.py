@@ -152,7 +152,8 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
 def _read_what_the_loop_reads(config: Config) -> None:
     """Touches the fields that the loop itself looks at, always, while it runs."""
     _ = config.log.save_every, config.log.keep_checkpoints, config.log.rollouts_every
-    _ = config.sample.max_gap_nats, config.optim.max_bad_updates
+    for field in dataclasses.fields(config.gates):
+        getattr(config.gates, field.name)
     if config.reward.gold_check:
         _ = config.reward.gold_format
 

@@ -41,9 +41,9 @@ def write_result(workdir: Path, **result: Any) -> None:
 
 def dump_batch(workdir: Path, step: int, batch: Batch) -> Path:
     """Keeps the rows of an update that was not finite, for whoever looks for the reason."""
-    folder = workdir / "bad_batches"
+    folder = workdir / "gates" / f"step_{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step:06d}.npz"
+    path = folder / "batch.npz"
     arrays: dict[str, Any] = {name: np.asarray(value) for name, value in vars(batch).items()}
     np.savez_compressed(path, **arrays)
     print(f"step {step}: an update was not finite and was skipped; its batch is in {path}")

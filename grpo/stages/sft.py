@@ -84,7 +84,7 @@ class SftStage:
         self.microbatch_rows = sft.microbatch_rows
         self.max_prompt = config.data.max_prompt_tokens
         self.max_new = config.sample.max_new_tokens
-        self.max_bad_updates = optim.max_bad_updates
+        self.max_bad_updates = config.gates.max_bad_updates
         self.save_every, self.keep = config.log.save_every, config.log.keep_checkpoints
         schedule = learning_rate(optim, sft.learning_rate, sft.warmup_updates, sft.num_steps)
         self.optimizer = make_optimizer(optim, schedule, decayed_params(policy))
@@ -114,7 +114,7 @@ class SftStage:
                 if int(state.bad_updates) >= self.max_bad_updates:
                     raise FloatingPointError(
                         f"cold start, step {step}: {int(state.bad_updates)} updates in a row were "
-                        "not finite and were skipped (optim.max_bad_updates)"
+                        "not finite and were skipped (gates.max_bad_updates)"
                     )
                 if (step + 1) % self.save_every == 0 or stop.requested:
                     checkpoints.save(state)
