@@ -179,7 +179,7 @@ class EvalConfig(Section):
 
 @dataclasses.dataclass
 class GatesConfig(Section):
-    """Bounds of a sane run (grpo/gates.py): beyond one it warns, or saves everything and stops."""
+    """Bounds of a sane run (grpo/gates.py): beyond one it warns, or saves and stops."""
 
     max_bad_updates: int = doc(
         3, "stop after this many updates in a row were skipped for a number that is not finite"

@@ -303,8 +303,8 @@ def skipped_updates(run: Run) -> Finding | None:
     return Finding(
         Severity.PROBLEM if share > 0.1 else Severity.WARNING,
         "updates were skipped because they were not finite",
-        f"in {int((skipped > 0).sum())} of {len(skipped)} steps (optim/skipped); the batches are in "
-        "gates/step_*/batch.npz",
+        f"in {int((skipped > 0).sum())} of {len(skipped)} steps (optim/skipped); the batches are "
+        "in gates/step_*/batch.npz",
         f"lower {run.said('optim.learning_rate')}; try model.compute_dtype float32",
     )
 

@@ -10,8 +10,8 @@ from absl import logging
 from absl.testing import flagsaver
 
 from grpo.config import Config
-from grpo.launch import load_experiment, main
 from grpo.gates import GateError
+from grpo.launch import load_experiment, main
 from grpo.scoring import RewardFailure
 from grpo.train import train
 

@@ -17,12 +17,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tiny_experiment import get_config
 
-from grpo import build
+from grpo import build, diagnose
 from grpo.checkpoint import params_sha256
 from grpo.config import Config
 from grpo.evaluate import evaluate
-from grpo.metrics import MetricLog
 from grpo.gates import GateError
+from grpo.metrics import MetricLog
 from grpo.train import train
 
 HERE = Path(__file__).parent
@@ -110,6 +110,7 @@ def test_every_step_is_logged_once_and_evaluations_are_due(straight):
     assert [row["step"] for row in metrics if "reward/mean" in row] == [0, 1, 2, 3]
     assert [row["step"] for row in rows(straight[0] / "sft/metrics.jsonl")] == [0, 1, 2, 3]
     assert all(row["groups/signal"] > 0 for row in metrics[:4])  # else nothing was learnt
+    assert all(row["gates/warnings"] == 0 for row in metrics[:4])
 
 
 def test_sampler_and_trainer_agree_in_float32(straight):
@@ -278,3 +279,16 @@ def test_an_update_that_is_not_finite_is_skipped_kept_and_soon_ends_the_run(tmp_
     assert int(state.updates) == 2 and int(state.bad_updates) == 0
     assert metrics[0]["policy/loss"] is None and metrics[2]["policy/loss"] is not None
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_sampler_that_drifts_from_the_trainer_ends_the_run(tmp_path, capsys):
+    config = tiny(**RL_ONLY, gates__max_gap_nats_mean=1e-12)  # below what float32 can do
+    with pytest.raises(GateError, match=r"step 0: sampler and trainer disagree by .* = 1e-12"):
+        run(config, tmp_path)
+    assert (tmp_path / "checkpoints/1").is_dir()  # the update was made, and is kept
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [0]
+    alarms = json.loads((tmp_path / "gates/step_000000/alarms.json").read_text())
+    assert [alarm["gate"] for alarm in alarms["alarms"]] == ["wide_gap"]
+    kept = rows(tmp_path / "gates/step_000000/completions.jsonl")
+    assert len(kept) == 16 and all(len(r["tokens"]) == len(r["logprobs"]) for r in kept)
+    assert "a gate stopped the run at step 0" in diagnose.brief(tmp_path)
