@@ -331,28 +331,27 @@ def no_learning_rate(run: Run) -> Finding | None:
 
 
 def collapsed(run: Run) -> Finding | None:
-    """The reward was earned, and lost again."""
-    solved = _smooth(run.values("reward/mean"), run.window)
-    if len(run.steps) < _MIN_STEPS or not len(solved):
+    """The reward was earned, and lost again: slowly, or by a single update."""
+    reward = run.values("reward/mean")
+    if len(reward) < _MIN_STEPS:
         return None
-    best, now = float(solved.max()), float(solved[-1])
-    noise = float(np.std(run.values("reward/mean")[: run.window])) / math.sqrt(run.window)
-    if not (best > 0 and now < 0.6 * best and best - now > max(0.05, 4 * noise)):
+    best, now = float(reward.max()), run.last("reward/mean")
+    # Of one step, from neighbours: the median does not see the fall itself.
+    noise = 1.05 * float(np.median(np.abs(np.diff(reward))))
+    if not (now < 0.5 * best and best - now > max(0.05, 5 * noise)):
         return None
+    before, after = run.first("policy/entropy_nats"), run.last("policy/entropy_nats")
+    best_step = run.steps[int(np.nanargmax(run.series["reward/mean"]))]
+    torn = f"; policy/entropy_nats {before:.3g} -> {after:.3g}" if after > 2 * before else ""
     return Finding(
         Severity.PROBLEM,
         "the reward has collapsed",
-        f"reward/mean was {best:.3g} and is {now:.3g} {_of(run)}{_movement(run)}",
+        f"reward/mean was {best:.3g} at step {best_step} and is "
+        f"{now:.3g} {_of(run)}{torn}{_movement(run)}",
         f"lower {run.said('optim.learning_rate')} (by 3 to 10 times), warm up longer "
-        f"({run.said('optim.warmup_updates')}), or hold the policy with algo.kl_coef",
+        f"({run.said('optim.warmup_updates')}), or hold the policy with algo.kl_coef; go on from a "
+        "checkpoint before the fall",
     )
-
-
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Means of `window` neighbours; empty if there are fewer."""
-    if len(values) < window:
-        return np.array([])
-    return np.convolve(values, np.full(window, 1 / window), mode="valid")
 
 
 def _movement(run: Run) -> str:
@@ -698,9 +697,9 @@ FINDERS: tuple[Finder, ...] = (
     sampler_gap,
     skipped_updates,
     no_learning_rate,
+    collapsed,
     truncated,
     late_verifiers,
-    collapsed,
     entropy_collapsed,
     all_wrong,
     all_right,
@@ -731,23 +730,29 @@ def diagnose(run: Run) -> list[Finding]:
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """The change of a metric from the first to the last steps; clear beyond twice its error."""
+    """The change of a metric from the first to the last steps, and whether it is a clear one."""
 
     size: float
     clear: bool
 
 
+_CLEAR = 3.0  # standard errors of a slope: 20 steps of noise alone pass them once in 130 runs
+
+
 def _gain(run: Run, name: str) -> Gain:
-    values = run.values(name)
-    window = min(run.window, len(values) // 2)
-    if not window:
-        return Gain(math.nan, False)
-    before, after = values[:window], values[-window:]
-    size = float(after.mean() - before.mean())
-    if window == 1:
+    """Clear if a straight line through all steps rises, or falls, by over three of its errors."""
+    logged = run.series.get(name, np.array([]))
+    finite = np.isfinite(logged)
+    values, steps = logged[finite], run.steps[: len(logged)][finite].astype(float)
+    size = run.last(name) - run.first(name)
+    if len(values) < _MIN_STEPS:
         return Gain(size, False)
-    error = math.sqrt((before.var(ddof=1) + after.var(ddof=1)) / window)
-    return Gain(size, abs(size) > max(2 * error, 1e-3))
+    steps -= steps.mean()
+    slope = float(steps @ values / (steps @ steps))
+    rest = values - values.mean() - slope * steps
+    error = math.sqrt(float(rest @ rest) / (len(values) - 2) / float(steps @ steps))
+    clear = abs(slope) > _CLEAR * error and slope * size > 0 and abs(size) > 1e-3
+    return Gain(size, clear)
 
 
 LEARNING, SOLVED = "learning", "solved"

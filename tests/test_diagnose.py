@@ -178,6 +178,19 @@ FAILURES: dict[str, tuple[Callable[[Row, float], object], Severity, str, str]] =
         "the reward has collapsed",
         "optim/param_change 20.00%",
     ),
+    "collapsed at once": (  # and what follows from it is told after it
+        metrics(
+            reward__mean=lambda done: 0.6 if done == 0 else 0.0,
+            reward__solved=lambda done: 0.5 if done == 0 else 0.0,
+            rollout__truncated=lambda done: float(done > 0),
+            policy__entropy_nats=lambda done: 0.06 + 4 * done,
+            groups__all_wrong=lambda done: float(done > 0),
+            groups__signal=0.0,
+        ),
+        Severity.PROBLEM,
+        "the reward has collapsed",
+        "reward/mean was 0.6 at step 0 and is 0 over the last 8 steps; policy/entropy_nats",
+    ),
     "entropy": (
         metrics(
             policy__entropy_nats=lambda done: 0.8 * 0.005**done,
