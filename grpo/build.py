@@ -190,7 +190,8 @@ def _read_what_the_loop_reads(config: Config) -> None:
         _ = algo.ref_every
     if algo.overlong_buffer_tokens:
         _ = algo.overlong_penalty
-    _ = config.sample.max_gap_nats, config.optim.max_bad_updates
+    for field in dataclasses.fields(config.gates):
+        getattr(config.gates, field.name)
     if config.reward.gold_check:
         _ = config.reward.gold_format
 

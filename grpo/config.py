@@ -103,9 +103,6 @@ class SampleConfig(Section):
     )
     tokens_per_dispatch: int = doc(16, "tokens decoded before the host looks again")
     stop_strings: tuple[str, ...] = doc((), "texts that end a completion, beside its stop tokens")
-    max_gap_nats: float = doc(
-        0.1, "stop the run when sampler and trainer disagree by more, on average, on a token"
-    )
 
 
 @dataclasses.dataclass
@@ -125,8 +122,6 @@ class RewardConfig(Section):
     gold_check: int = doc(
         32, "problems whose gold answer must score right, and others' wrong; 0 skips the check"
     )
-    max_failure_rate: float = doc(0.1, "stop the run when verifiers fail on more of a step's rows")
-    max_timeout_rate: float = doc(0.5, "stop the run when more of a step's rows time out")
 
 
 @dataclasses.dataclass
@@ -211,9 +206,6 @@ class OptimConfig(Section):
     eps: float = doc(1e-8, "added to the root of the variance")
     weight_decay: float = doc(0.0, "decoupled; not applied to norm scales")
     clip_norm: float = doc(1.0, "longest gradient, by global norm")
-    max_bad_updates: int = doc(
-        3, "stop after this many updates in a row were skipped for a number that is not finite"
-    )
 
 
 @dataclasses.dataclass
@@ -243,6 +235,43 @@ class EvalConfig(Section):
     num_samples: int = doc(4, "completions a problem, at the run's temperature")
     answer_of: Callable[[str], str | None] | None = doc(
         None, "text -> final answer, for the majority vote; None leaves maj@k out"
+    )
+
+
+@dataclasses.dataclass
+class GatesConfig(Section):
+    """Bounds of a sane run (grpo/gates.py): beyond one it warns, or saves and stops."""
+
+    max_bad_updates: int = doc(
+        3, "stop after this many updates in a row were skipped for a number that is not finite"
+    )
+    max_gap_nats_mean: float = doc(
+        0.1, "stop when sampler and trainer disagree by more, on average, on a token"
+    )
+    max_gap_nats_max: float = doc(10.0, "warn when they disagree by more on a single token")
+    max_sampler_kl_nats: float = doc(0.1, "warn when their KL divergence, per token, is larger")
+    max_failure_rate: float = doc(0.1, "stop when verifiers fail on more of a step's rows")
+    max_timeout_rate: float = doc(0.5, "stop when more of a step's rows time out")
+    max_repeated_share: float = doc(
+        0.5, "completions of a step that mostly repeat one to four tokens; 1 allows any"
+    )
+    max_zero_id_share: float = doc(0.5, "sampled tokens of a step whose id is 0; 1 allows any")
+    max_stuck_share: float = doc(
+        0.9, "groups whose completions are all the same and not right; 1 allows any"
+    )
+    degenerate_steps: int = doc(
+        3, "stop when one of the last three bounds is passed this many steps in a row; warn before"
+    )
+    still_steps: int = doc(
+        5,
+        "stop when the parameters did not change at all for so many steps in a row, although "
+        "there was something to learn and a learning rate",
+    )
+    max_param_change: float = doc(
+        0.1, "warn when a step changes the parameters by more, relative to their norm"
+    )
+    max_kl_old_nats: float = doc(
+        0.5, "warn when the updates of a step move the policy further, in KL divergence per token"
     )
 
 
@@ -278,6 +307,7 @@ class Config(Section):
     optim: OptimConfig = doc(OptimConfig, "the optimiser")
     sft: SftConfig = doc(SftConfig, "the cold start")
     eval: EvalConfig = doc(EvalConfig, "the evaluation")
+    gates: GatesConfig = doc(GatesConfig, "what stops a run")
     log: LogConfig = doc(LogConfig, "logs and checkpoints")
     mesh: MeshConfig = doc(MeshConfig, "the devices")
 
@@ -348,21 +378,24 @@ _POSITIVE = """
     algo.problems_per_step algo.minibatches algo.passes algo.microbatch_tokens algo.dual_clip
     algo.sapo_temperature_positive algo.sapo_temperature_negative algo.correction_cap
     algo.correction_low algo.correction_high algo.sequence_gap_max algo.pass_k
-    sample.max_new_tokens sample.slots sample.tokens_per_dispatch sample.max_gap_nats
-    data.max_prompt_tokens reward.workers reward.deadline_s model.width model.mlp_width
-    model.num_layers model.num_heads model.num_kv_heads model.logprob_chunk optim.eps
-    optim.clip_norm optim.max_bad_updates sft.rows_per_step sft.microbatch_tokens
-    eval.num_problems eval.num_samples log.save_every log.keep_checkpoints
+    sample.max_new_tokens sample.slots sample.tokens_per_dispatch data.max_prompt_tokens
+    reward.workers reward.deadline_s model.width model.mlp_width model.num_layers
+    model.num_heads model.num_kv_heads model.logprob_chunk optim.eps optim.clip_norm
+    gates.max_bad_updates gates.max_gap_nats_mean gates.max_gap_nats_max gates.max_sampler_kl_nats
+    gates.degenerate_steps gates.still_steps gates.max_param_change gates.max_kl_old_nats
+    sft.rows_per_step sft.microbatch_tokens eval.num_problems eval.num_samples log.save_every
+    log.keep_checkpoints
 """.split()
 _NOT_NEGATIVE = """
-    seed num_steps sample.slots_per_prompt algo.clip_high algo.kl_coef algo.ref_every algo.entropy_coef
+    seed num_steps sample.slots_per_prompt algo.clip_high algo.kl_coef algo.ref_every
+    algo.entropy_coef
     algo.dynamic_rounds algo.overlong_buffer_tokens algo.overlong_penalty optim.learning_rate
     optim.warmup_updates optim.weight_decay reward.gold_check sft.num_steps sft.learning_rate
     sft.warmup_updates eval.every log.rollouts_every
 """.split()
 _SHARES = """
-    algo.clip_low optim.end_share optim.beta1 optim.beta2 reward.max_failure_rate
-    reward.max_timeout_rate
+    algo.clip_low optim.end_share optim.beta1 optim.beta2 gates.max_failure_rate
+    gates.max_timeout_rate gates.max_repeated_share gates.max_zero_id_share gates.max_stuck_share
 """.split()
 
 

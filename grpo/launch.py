@@ -15,7 +15,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from grpo.config import Config, unknown_field
+from grpo.gates import GateError
 from grpo.scoring import RewardFailure
+
+# What a user can mend; anything else is a bug of ours and keeps its traceback.
+_EXPECTED = (ValueError, TypeError, OSError, RewardFailure, GateError, FloatingPointError)
 
 
 def main(command: Callable[..., Any]) -> None:
@@ -42,7 +46,7 @@ def main(command: Callable[..., Any]) -> None:
             logging.set_verbosity(logging.WARNING)  # libraries tell every checkpoint's details
         try:
             command(config_flag.value, Path(workdir.value), baseline=experiment.baseline)
-        except (ValueError, TypeError, OSError, RewardFailure, FloatingPointError) as error:
+        except _EXPECTED as error:
             if verbose:
                 raise
             sys.exit(f"error: {_message(error)}\n(--verbosity=1 shows where it was raised)")

@@ -42,9 +42,9 @@ def write_result(workdir: Path, **result: Any) -> None:
 
 def dump_batch(workdir: Path, step: int, microbatches: Sequence[Batch]) -> Path:
     """Keeps the rows of an update that was not finite, for whoever looks for the reason."""
-    folder = workdir / "bad_batches"
+    folder = workdir / "gates" / f"step_{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step:06d}.npz"
+    path = folder / "batch.npz"
     names = vars(microbatches[0])
     arrays: dict[str, Any] = {
         name: np.concatenate([np.asarray(getattr(batch, name)) for batch in microbatches])

@@ -28,8 +28,6 @@ class Scorer:
 
     def __init__(self, config: RewardConfig):
         self.weights = np.array([weight for weight, _ in config.functions], np.float32)
-        self.max_failure_rate = config.max_failure_rate
-        self.max_timeout_rate = config.max_timeout_rate
         self._pool = RewardPool(
             config.functions, workers=config.workers, deadline_s=config.deadline_s
         )
@@ -88,26 +86,6 @@ class Scorer:
             report[f"reward/pool/{event}"] = float(counts[event] - self._counted.get(event, 0))
         self._counted = counts
         return report
-
-    def check_rates(self, scores: Scores) -> None:
-        """Raises RewardFailure when too many rows failed or timed out to go on."""
-        failed, late = float(1 - scores.valid_PG.mean()), _timeout_rate(scores)
-        counts = {
-            name: {status: found.count(status) for status in sorted(set(found))}
-            for name, found in scores.statuses.items()
-        }
-        if failed > self.max_failure_rate:
-            raise RewardFailure(
-                f"verifiers failed on {failed:.0%} of this step's rows "
-                f"(reward.max_failure_rate = {self.max_failure_rate:.0%}): {counts}; the "
-                "completions are in rollouts.jsonl: mend the reward and run the same command again"
-            )
-        if late > self.max_timeout_rate:
-            raise RewardFailure(
-                f"{late:.0%} of this step's rows ran out of time (reward.max_timeout_rate = "
-                f"{self.max_timeout_rate:.0%}): {counts}; raise reward.deadline_s or make the "
-                "reward faster, then run the same command again"
-            )
 
 
 def _as_if_sampled(text: str) -> Facts:

@@ -6,12 +6,13 @@ P problems a step, G completions each, B = P * G rows; row b belongs to problem 
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from grpo import runinfo
+from grpo import diagnose, gates, runinfo
 from grpo.build import Run, build
 from grpo.checkpoint import Checkpoints, params_sha256
 from grpo.config import Config
@@ -22,7 +23,7 @@ from grpo.metrics import GRPO_COLUMNS, ConsoleTable, JsonlWriter, MetricLog
 from grpo.model.params import Params
 from grpo.report import report_run
 from grpo.rollout import readable_rows, sample_and_score
-from grpo.scoring import RewardFailure, check_gold
+from grpo.scoring import check_gold
 from grpo.signals import StopSignal
 from grpo.structs import Rollout, Scores, TrainState
 
@@ -41,8 +42,9 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
 
     Raises:
       ValueError, TypeError: a configuration that cannot work; the message says why.
-      RewardFailure: rewards that do not fit the problems, or that fail too often.
-      FloatingPointError: too many updates in a row were not finite.
+      RewardFailure: rewards that do not fit the problems.
+      GateError: going on is not worth it (grpo/gates.py); the state so far is saved.
+      FloatingPointError: too many updates in a row of the cold start were not finite.
     """
     workdir = Path(workdir)
     with ExitStack() as stack:
@@ -64,6 +66,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         log = stack.enter_context(MetricLog(workdir, resume_step=first))
         texts = stack.enter_context(JsonlWriter(workdir / "rollouts.jsonl", resume_step=first))
         table = ConsoleTable(GRPO_COLUMNS, config.num_steps)
+        watch = gates.Watch(config.gates, workdir)
 
         for step in range(first, config.num_steps):
             metrics, started = evaluate_if_due(run, state, step), time.monotonic()
@@ -76,8 +79,11 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
             if config.log.rollouts_every and step % config.log.rollouts_every == 0:
                 for row in readable_rows(step, rollout, scores, run.policy.tokenizer):
                     texts.write(row)
+            metrics |= gates.degeneration(rollout, run.scorer.solved_PG(scores))
+            evidence = partial(gates.evidence_rows, step, rollout, scores, run.policy.tokenizer)
+            watch.look(gates.ROLLOUT_GATES, step, metrics, scores, evidence)
             with saving_first(checkpoints, state):
-                run.scorer.check_rates(scores)
+                watch.stop()
 
             # 2. Compare each completion with its group, and 3. make a few updates with that.
             updating = time.monotonic()
@@ -89,13 +95,15 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
                 state = state.replace(ref_params=jax.tree.map(jnp.copy, state.params))
 
             metrics |= report
+            metrics["optim/bad_updates"] = int(state.bad_updates)
             metrics["time/update_s"] = time.monotonic() - updating
             metrics["time/step_s"] = time.monotonic() - started
             metrics["engine/compiled"] = run.engine.num_compiled() + run.update.num_compiled()
+            watch.look(gates.UPDATE_GATES, step, metrics, scores, evidence)
             log.log(step, metrics)
             table.row(step, metrics)
             with saving_first(checkpoints, state):
-                check_numbers(run, step, metrics, state)
+                watch.stop()
             if (step + 1) % config.log.save_every == 0 or stop.requested:
                 checkpoints.save(state)
             if stop.requested:
@@ -110,6 +118,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
     digest = params_sha256(state.params)
     runinfo.write_result(workdir, params_sha256=digest, steps=int(state.step))
     report_run(workdir)
+    print(diagnose.brief(workdir))
     print(f"params_sha256 {digest}")
     return state
 
@@ -156,28 +165,12 @@ def evaluate_if_due(run: Run, state: TrainState, step: int) -> dict[str, float]:
     return metrics
 
 
-def check_numbers(run: Run, step: int, metrics: dict[str, float], state: TrainState) -> None:
-    """Stops a run that is no longer training what it samples, or no longer finite."""
-    gap, limit = metrics["sampler/gap_nats_mean"], run.config.sample.max_gap_nats
-    if gap > limit:
-        raise FloatingPointError(
-            f"step {step}: sampler and trainer disagree by {gap:.3g} nats a token on average "
-            f"(sample.max_gap_nats = {limit}); what is sampled is not what is trained"
-        )
-    bad = int(state.bad_updates)
-    if bad >= run.config.optim.max_bad_updates:
-        raise FloatingPointError(
-            f"step {step}: {bad} updates in a row were not finite and were skipped "
-            f"(optim.max_bad_updates); the batches are in {run.workdir / 'bad_batches'}"
-        )
-
-
 @contextmanager
 def saving_first(checkpoints: Checkpoints, state: TrainState) -> Iterator[None]:
-    """For checks that may end the run: what was earned so far is saved before they do."""
+    """For gates, which may end the run: what was earned so far is saved before they do."""
     try:
         yield
-    except (RewardFailure, FloatingPointError):
+    except gates.GateError:
         checkpoints.save(state)
         checkpoints.wait()
         raise

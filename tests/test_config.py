@@ -39,18 +39,20 @@ SURFACE = """
     config.model: source width mlp_width num_layers num_heads num_kv_heads compute_dtype remat
       logprob_chunk
     config.data: train held_out max_prompt_tokens check_reference
-    config.sample: temperature max_new_tokens slots tokens_per_dispatch stop_strings max_gap_nats
-    config.reward: functions workers deadline_s gold_format gold_check max_failure_rate
-      max_timeout_rate
+    config.sample: temperature max_new_tokens slots slots_per_prompt tokens_per_dispatch stop_strings
+    config.reward: functions workers deadline_s gold_format gold_check
     config.algo: problems_per_step group_size minibatches passes microbatch_tokens advantage
       objective aggregate correction clip_low clip_high dual_clip sapo_temperature_positive
       sapo_temperature_negative correction_cap correction_low correction_high sequence_gap_max
       pass_k kl kl_coef kl_in_reward ref_every entropy_coef mask_truncated dynamic_rounds
       overlong_buffer_tokens overlong_penalty
     config.optim: learning_rate warmup_updates decay end_share beta1 beta2 eps weight_decay
-      clip_norm max_bad_updates
+      clip_norm
     config.sft: num_steps source rows_per_step microbatch_tokens learning_rate warmup_updates
     config.eval: every num_problems num_samples answer_of
+    config.gates: max_bad_updates max_gap_nats_mean max_gap_nats_max max_sampler_kl_nats
+      max_failure_rate max_timeout_rate max_repeated_share max_zero_id_share max_stuck_share
+      degenerate_steps still_steps max_param_change max_kl_old_nats
     config.log: save_every keep_checkpoints rollouts_every
     config.mesh: data fsdp tensor
 """
@@ -190,11 +192,11 @@ def test_whole_numbers_are_fine_where_fractions_are():
         ({"algo__clip_high": -0.1}, "algo.clip_high is -0.1; it cannot be negative"),
         ({"algo__kl_coef": math.nan}, "algo.kl_coef is nan; it must be a finite number"),
         ({"sample__temperature": 0.0}, "needs a positive one"),
-        ({"sample__max_gap_nats": 0.0}, "sample.max_gap_nats is 0.0; it must be positive"),
+        ({"gates__max_gap_nats_mean": 0.0}, "gates.max_gap_nats_mean is 0.0; it must be pos"),
         ({"reward__functions": ()}, "nothing to learn from"),
         ({"reward__functions": ((math.inf, min),)}, "the weight of builtins.min is inf"),
         ({"reward__gold_format": "42"}, "gold_format must contain {gold}"),
-        ({"reward__max_failure_rate": 2.0}, r"max_failure_rate is 2.0; it must be in \[0, 1\]"),
+        ({"gates__max_failure_rate": 2.0}, r"max_failure_rate is 2.0; it must be in \[0, 1\]"),
         ({"data__train": None}, "nothing to ask"),
         ({"data__held_out": None}, "eval.every is set, but data.held_out is not"),
         ({"optim__decay": "step"}, "optim.decay is 'step'; choose from .*'cosine'"),

@@ -10,6 +10,7 @@ from absl import logging
 from absl.testing import flagsaver
 
 from grpo.config import Config
+from grpo.gates import GateError
 from grpo.launch import load_experiment, main
 from grpo.scoring import RewardFailure
 from grpo.train import train
@@ -107,7 +108,7 @@ def test_an_impossible_run_is_refused_before_it_begins(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, RewardFailure, FloatingPointError])
+@pytest.mark.parametrize("error", [ValueError, OSError, RewardFailure, GateError])
 def test_an_error_of_the_run_is_one_message_unless_more_is_asked_for(launch, error):
     def command(*_, **__):
         raise error("what went wrong")

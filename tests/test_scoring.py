@@ -98,15 +98,6 @@ def test_a_timeout_is_a_wrong_answer_that_counts(scorer):
     assert metrics["reward/solved"] == 0.5
 
 
-def test_too_many_failures_or_timeouts_end_the_run(scorer):
-    scorer.check_rates(collected(scorer, [["right"] * 19 + ["raise"]]))  # 5 %: under 10 %
-    with pytest.raises(RewardFailure, match=r"failed on 50% .*'told': \{'crash': 1, 'ok': 1\}"):
-        scorer.check_rates(collected(scorer, [["right", "raise"]]))
-    scorer.check_rates(collected(scorer, [["right", "hang"]]))  # 50 %: not more than that
-    with pytest.raises(RewardFailure, match=r"67% .* ran out of time .*deadline_s"):
-        scorer.check_rates(collected(scorer, [["right", "hang", "hang"]]))
-
-
 # ---- Gold answers ------------------------------------------------------------------------------
 
 CHAINS = DigitChain(size=50)

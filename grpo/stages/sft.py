@@ -85,7 +85,7 @@ class SftStage:
             ways=batch_ways(policy.mesh),
             attention_share=attention_share(policy.arch),
         )
-        self.max_bad_updates = optim.max_bad_updates
+        self.max_bad_updates = config.gates.max_bad_updates
         self.save_every, self.keep = config.log.save_every, config.log.keep_checkpoints
         schedule = learning_rate(optim, sft.learning_rate, sft.warmup_updates, sft.num_steps)
         self.optimizer = make_optimizer(optim, schedule, decayed_params(policy))
@@ -115,7 +115,7 @@ class SftStage:
                 if int(state.bad_updates) >= self.max_bad_updates:
                     raise FloatingPointError(
                         f"cold start, step {step}: {int(state.bad_updates)} updates in a row were "
-                        "not finite and were skipped (optim.max_bad_updates)"
+                        "not finite and were skipped (gates.max_bad_updates)"
                     )
                 if (step + 1) % self.save_every == 0 or stop.requested:
                     checkpoints.save(state)
