@@ -52,19 +52,50 @@ def make_policy(config: Config) -> Policy:
     if config.model.source:
         path = fetch.model_path(config.model.source)
         arch, tokenizer = read_arch(path), load_tokenizer(path)
+        read = partial(load_weights, path, arch)
     else:
         tokenizer = load_tokenizer("bytes")
-        arch = _new_arch(config.model, tokenizer.vocab_size)
+        arch, read = _new_arch(config.model, tokenizer.vocab_size), None
+    return lay_out(
+        arch,
+        tokenizer,
+        mesh,
+        config.model,
+        temperature=config.sample.temperature,
+        seed=config.seed,
+        read=read,
+    )
+
+
+def lay_out(
+    arch: Arch,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    model: ModelConfig,
+    *,
+    temperature: float,
+    seed: int = 0,
+    read: Callable[[Any], Params] | None = None,
+) -> Policy:
+    """A policy of the given shape on a mesh.
+
+    Args:
+      arch: its shape.
+      tokenizer: its tokenizer.
+      mesh: the devices.
+      model: how it is computed; the sizes in it are not looked at.
+      temperature: of the log-probs.
+      seed: of random weights.
+      read: reads weights, given what puts one array on the devices; None draws random ones.
+    """
     shardings = param_shardings(param_table(arch), mesh)
-    seed = config.seed
 
     def initial_params() -> Params:
-        if config.model.source:
-            return load_weights(path, arch, partial(_put, shardings))
+        if read is not None:
+            return read(partial(_put, shardings))
         make = jax.jit(partial(init_params, arch), out_shardings=shardings)
         return make(jax.random.key(seed))
 
-    dtype = config.model.compute_dtype
     return Policy(
         arch=arch,
         tokenizer=tokenizer,
@@ -72,16 +103,16 @@ def make_policy(config: Config) -> Policy:
         shardings=shardings,
         initial_params=initial_params,
         for_decoding=jax.jit(
-            partial(to_decode, arch=arch, dtype=dtype),
+            partial(to_decode, arch=arch, dtype=model.compute_dtype),
             out_shardings=param_shardings(decode_table(arch), mesh, DECODE_RULES),
         ),
         logprobs=partial(
             _logprobs,
             arch=arch,
-            temperature=config.sample.temperature,
-            dtype=dtype,
-            remat=config.model.remat,
-            chunk=config.model.logprob_chunk,
+            temperature=temperature,
+            dtype=model.compute_dtype,
+            remat=model.remat,
+            chunk=model.logprob_chunk,
         ),
     )
 
