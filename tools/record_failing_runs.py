@@ -123,9 +123,9 @@ def reward_hole(config: Config) -> None:
 
 
 def entropy_collapse(config: Config) -> None:
-    """The same hole, for long enough to settle in it."""
+    """The same hole, sampled so narrowly that the policy soon sees nothing else."""
     reward_hole(config)
-    config.num_steps = 2 * STEPS
+    config.sample.temperature = 0.6
 
 
 BROKEN: dict[str, Callable[[Config], None]] = {
