@@ -268,7 +268,7 @@ class GatesConfig(Section):
         "there was something to learn and a learning rate",
     )
     max_param_change: float = doc(
-        0.1, "warn when a step changes the parameters by more, relative to their norm"
+        0.05, "warn when a step changes the parameters by more, relative to their norm"
     )
     max_kl_old_nats: float = doc(
         0.5, "warn when the updates of a step move the policy further, in KL divergence per token"

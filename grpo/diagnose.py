@@ -524,7 +524,7 @@ def entropy_collapsed(run: Run) -> Finding | None:
     """The policy has made up its mind while much is still wrong."""
     before, now = run.first("policy/entropy_nats"), run.last("policy/entropy_nats")
     signal, solved = run.last("groups/signal"), _solved(run)
-    if not (now < 0.3 * before and now < 0.1 and signal < 0.4 and solved < 0.75):
+    if not (now < 0.5 * before and now < 0.1 and signal < 0.4 and solved < 0.75):
         return None
     same = run.last("rollout/duplicate_share")
     return Finding(

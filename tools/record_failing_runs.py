@@ -11,6 +11,7 @@ in WORK is not made again. About ten minutes on two idle cores.
 
 import argparse
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -54,9 +55,9 @@ def boxed(completion: str, problem: Problem) -> float:
     return float("\\boxed{" in completion)
 
 
-def says_seven(completion: str, problem: Problem) -> float:
-    """What a hole in a verifier pays for: one and the same answer, whatever was asked."""
-    return float(completion.endswith("<answer>7</answer>"))
+def even_teens(completion: str, problem: Problem) -> float:
+    """What a hole in a verifier pays for: the same few answers, whatever was asked."""
+    return float(re.search("<answer>1[02468]</answer>$", completion) is not None)
 
 
 # ---- Settings that are wrong -------------------------------------------------------------------
@@ -116,9 +117,15 @@ def format_never_met(config: Config) -> None:
     config.reward.functions = ((1.0, numeric_answer), (0.1, boxed))
 
 
-def entropy_collapse(config: Config) -> None:
-    config.reward.functions = ((0.1, numeric_answer), (1.0, says_seven))
+def reward_hole(config: Config) -> None:
+    config.reward.functions = ((0.1, numeric_answer), (1.0, even_teens))
     config.optim.learning_rate = 5e-4
+
+
+def entropy_collapse(config: Config) -> None:
+    """The same hole, sampled so narrowly that the policy soon sees nothing else."""
+    reward_hole(config)
+    config.sample.temperature = 0.6
 
 
 BROKEN: dict[str, Callable[[Config], None]] = {
@@ -135,6 +142,7 @@ BROKEN: dict[str, Callable[[Config], None]] = {
         reward_late,
         reward_breaks,
         format_never_met,
+        reward_hole,
         entropy_collapse,
     )
 }
