@@ -45,7 +45,9 @@ from grpo.update import Update, decayed_params, init_state, learning_rate, make_
 from rewards.api import Problem
 
 
-def _arch(V: int, D: int, F: int, L: int, N: int, K: int, H: int, *, tied: bool, theta: float) -> Arch:
+def _arch(
+    V: int, D: int, F: int, L: int, N: int, K: int, H: int, *, tied: bool, theta: float
+) -> Arch:
     return Arch(
         vocab_size=V,
         width=D,
@@ -185,9 +187,7 @@ class Work:
     def update_s(self, speed: dict[str, float]) -> float:
         """The operations; then AdamW, which reads four arrays and writes three."""
         optimiser = 7 * num_params(self.arch) * 4
-        return (
-            self.update_flops() / speed["matmul_flops"] + optimiser / speed["read_bytes_per_s"]
-        )
+        return self.update_flops() / speed["matmul_flops"] + optimiser / speed["read_bytes_per_s"]
 
 
 # ---- one step ----------------------------------------------------------------------------------
@@ -359,7 +359,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         occupancy.append(stats.tokens / max(stats.slot_steps, 1))
         idle.append(stats.idle_s / max(stats.seconds, 1e-9))
     median = {name: statistics.median(values) for name, values in parts.items()}
-    rate = {n: statistics.median(t / s for t, s in zip(tokens, v, strict=True) if s) for n, v in parts.items() if any(v)}
+    rate = {
+        n: statistics.median(t / s for t, s in zip(tokens, v, strict=True) if s)
+        for n, v in parts.items()
+        if any(v)
+    }
     result: dict[str, Any] = {
         "trainer": "ours",
         "part": args.part,
@@ -400,7 +404,11 @@ def _share(limit: float, seconds: float) -> float:
 
 
 def _giga(speed: dict[str, float]) -> dict[str, float]:
-    names = {"matmul_flops": "matmul_gflops", "read_bytes_per_s": "read_gb_s", "copy_bytes_per_s": "copy_gb_s"}
+    names = {
+        "matmul_flops": "matmul_gflops",
+        "read_bytes_per_s": "read_gb_s",
+        "copy_bytes_per_s": "copy_gb_s",
+    }
     return {names[name]: value for name, value in speed.items()}
 
 

@@ -2,7 +2,12 @@
 
 import dataclasses
 
-REMAT_CHOICES = ("none", "full", "attn")  # what the backward pass recomputes; see decoder.py
+REMAT_CHOICES = (
+    "none",
+    "full",
+    "attn",
+    "products",
+)  # what the backward pass recomputes; see decoder.py
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,11 @@ from grpo.model.arch import Arch
 from grpo.model.params import Params
 from grpo.sharding import DECODE_RULES, shard
 
+_PRODUCTS = ("q", "k", "v", "attn_out", "residual", "gate", "up")  # named in `block`
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attn": jax.checkpoint_policies.save_only_these_names("attn_out"),
+    "products": jax.checkpoint_policies.save_only_these_names(*_PRODUCTS),
 }
 
 KV = tuple[jax.Array, jax.Array]  # keys and values, each [B, S, K, H]
@@ -46,11 +48,12 @@ def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
 
 @jax.custom_vjp
 def linear(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
-    """x @ weight, float32 sums.
+    """x @ weight.
 
-    The gradient of the weight is written as x^T dy, which is what it should be computed as. Left
-    to itself, XLA on a CPU computes (dy^T x)^T and reads dy, with all that made it, column by
-    column: 245 GFLOP/s instead of 311 for the forward and backward pass of SmolLM2's MLP.
+    The gradient of the weight is written so that XLA on a CPU, which wants the left side of this
+    product turned around, turns the narrower of the two: left to itself it reads the wide one, with
+    all that made it, column by column (245 GFLOP/s instead of 311 for the forward and backward
+    pass of SmolLM2's MLP).
     """
     return jnp.einsum("btd,df->btf", x_BTD, weight_DF)
 
@@ -65,10 +68,12 @@ def _linear_backward(
     kept: tuple[jax.Array, jax.Array], d_out_BTF: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x_BTD, weight_DF = kept
-    return (
-        jnp.einsum("btf,df->btd", d_out_BTF, weight_DF),
-        jax.lax.dot_general(x_BTD, d_out_BTF, (((0, 1), (0, 1)), ((), ()))),
-    )
+    both = ((0, 1), (0, 1)), ((), ())
+    if x_BTD.shape[-1] > d_out_BTF.shape[-1]:
+        d_weight_DF = jax.lax.dot_general(d_out_BTF, x_BTD, both).T
+    else:
+        d_weight_DF = jax.lax.dot_general(x_BTD, d_out_BTF, both)
+    return jnp.einsum("btf,df->btd", d_out_BTF, weight_DF), d_weight_DF
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -96,17 +101,20 @@ def block(
 
     def heads(h_BTD: jax.Array, name: str) -> jax.Array:
         D, count, width = w[name].shape
-        return linear(h_BTD, w[name].reshape(D, -1)).reshape(B, T, count, width)
+        product = linear(h_BTD, w[name].reshape(D, -1)).reshape(B, T, count, width)
+        return checkpoint_name(product, name)
 
     h_BTD = rms_norm(x_BTD, w["attn_norm"], arch.norm_eps)
     q_BTNH = rotary(heads(h_BTD, "q"), positions_BT, arch.rope_theta)
     k_BTKH = rotary(heads(h_BTD, "k"), positions_BT, arch.rope_theta)
     v_BTKH = heads(h_BTD, "v")
     mixed_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
-    x_BTD = x_BTD + linear(mixed_BTNH.reshape(B, T, -1), w["o"].reshape(-1, arch.width))
+    mixed_BTD = linear(mixed_BTNH.reshape(B, T, -1), w["o"].reshape(-1, arch.width))
+    x_BTD = checkpoint_name(x_BTD + mixed_BTD, "residual")
     h_BTD = rms_norm(x_BTD, w["mlp_norm"], arch.norm_eps)
-    gate_BTF = jax.nn.silu(linear(h_BTD, w["gate"]))
-    return x_BTD + linear(gate_BTF * linear(h_BTD, w["up"]), w["down"]), kept
+    gate_BTF = checkpoint_name(linear(h_BTD, w["gate"]), "gate")
+    up_BTF = checkpoint_name(linear(h_BTD, w["up"]), "up")
+    return x_BTD + linear(jax.nn.silu(gate_BTF) * up_BTF, w["down"]), kept
 
 
 def head(params: Params) -> jax.Array:
@@ -171,7 +179,7 @@ def hidden_states(
       branches_RT: int32; 0 is a prompt.
       dtype: what the blocks compute in; parameters are cast layer by layer.
       remat: which activations the backward pass recomputes: "none" of them, "full": all,
-        "attn": all but the attention outputs.
+        "attn": all but the attention outputs, "products": all but the matrix products.
     """
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:

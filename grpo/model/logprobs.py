@@ -42,11 +42,13 @@ def chunked_logprobs(
             "rcd,dv->rcv", hidden_RcD, weight, preferred_element_type=jnp.float32
         )
         logits_RcV = logits_RcV / temperature
-        normaliser_Rc = jax.nn.logsumexp(logits_RcV, axis=-1)
+        top_Rc1 = jax.lax.stop_gradient(logits_RcV.max(axis=-1, keepdims=True))
+        weight_RcV = jnp.exp(logits_RcV - top_Rc1)
+        total_Rc = weight_RcV.sum(axis=-1)
+        normaliser_Rc = jnp.log(total_Rc) + top_Rc1[..., 0]
         ids_11V = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits_RcV.shape[-1]), 2)
         chosen_Rc = jnp.sum(logits_RcV, axis=-1, where=ids_11V == targets_Rc[..., None])
-        probability_RcV = jnp.exp(logits_RcV - normaliser_Rc[..., None])
-        entropy_Rc = normaliser_Rc - jnp.sum(probability_RcV * logits_RcV, axis=-1)
+        entropy_Rc = normaliser_Rc - jnp.sum(weight_RcV * logits_RcV, axis=-1) / total_Rc
         return chosen_Rc - normaliser_Rc, entropy_Rc
 
     def step(carry: None, xs: Pair) -> tuple[None, Pair]:
