@@ -13,8 +13,10 @@ import pytest
 from jax.sharding import Mesh
 from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
 
-from grpo.batch import make_rows
-from grpo.engine.engine import Engine, Request
+from grpo.batch import RowShape, Sample, pack
+from grpo.engine import engine as engine_module
+from grpo.engine.engine import Engine, Request, buckets, shared_slots
+from grpo.engine.queue import Queue
 from grpo.engine.sampling import inverse_cdf, sample_token
 from grpo.model.decoder import to_decode
 from grpo.model.logprobs import completion_logprobs
@@ -120,8 +122,14 @@ def decode_weights(devices: int) -> Params:
 
 
 @functools.cache
-def engine(slots: int = 8, dispatch: int = 5, devices: int = 1, stops: tuple[str, ...] = ()):
-    """An engine, compiled once for all tests that want it."""
+def engine(
+    slots: int = 8,
+    dispatch: int = 5,
+    devices: int = 1,
+    stops: tuple[str, ...] = (),
+    shared: int = 1,
+):
+    """An engine, compiled once for all tests that want it; `shared` slots have a prompt."""
     with jax.set_mesh(mesh(devices)):
         return Engine(
             ARCH,
@@ -130,6 +138,7 @@ def engine(slots: int = 8, dispatch: int = 5, devices: int = 1, stops: tuple[str
             max_prompt=MAX_PROMPT,
             max_new=MAX_NEW,
             slots=slots,
+            slots_per_prompt=shared,
             tokens_per_dispatch=dispatch,
             dtype="float32",
             stop_strings=stops,
@@ -183,17 +192,17 @@ def assert_same(got: Samples, expected: Samples) -> None:
 def test_sampler_and_trainer_agree_on_every_token(temperature):
     """The property that the ratio of the loss stands on; in float32 it is an equality."""
     samples = list(sample(engine(), temperature=temperature).values())
-    batch = make_rows(
-        [REQUESTS[c.problem].prompt for c in samples],
-        [c.tokens for c in samples],
-        max_prompt=MAX_PROMPT,
-        max_new=MAX_NEW,
-    )
+    length = MAX_PROMPT + MAX_NEW
+    rows = [
+        Sample(group=c.problem, prompt=REQUESTS[c.problem].prompt, completion=c.tokens)
+        for c in samples
+    ]
+    batch = pack(rows, RowShape(len(rows), 4 * length, 4 * MAX_NEW))
     settings: dict[str, Any] = {"dtype": "float32", "remat": "none", "chunk": MAX_NEW}
-    logprobs_RC, _ = trainer_logprobs(temperature, **settings)(toy_params(), batch)
-    for completion, logprobs_C in zip(samples, np.asarray(logprobs_RC), strict=True):
-        length = len(completion.tokens)
-        np.testing.assert_allclose(completion.logprobs, logprobs_C[:length], rtol=0, atol=1e-5)
+    logprobs_RC, _ = trainer_logprobs(temperature, **settings)(toy_params(), batch.microbatches[0])
+    for completion, (row, start) in zip(samples, batch.places, strict=True):
+        expected_C = np.asarray(logprobs_RC)[row, start : start + len(completion.tokens)]
+        np.testing.assert_allclose(completion.logprobs, expected_C, rtol=0, atol=1e-5)
 
 
 def trainer_logprobs(temperature: float, **settings: Any):
@@ -204,10 +213,89 @@ def trainer_logprobs(temperature: float, **settings: Any):
     )
 
 
-@pytest.mark.parametrize("slots, dispatch, devices", [(4, 1, 1), (24, 16, 1), (8, 5, 8)])
-def test_topology_does_not_change_a_sample(base, slots, dispatch, devices):
-    """Neither do the slots it may run in, the tokens a dispatch, or the mesh."""
-    assert_same(sample(engine(slots, dispatch, devices)), base)
+@pytest.mark.parametrize(
+    "slots, dispatch, devices, shared",
+    [(1, 3, 1, 1), (4, 1, 1, 2), (21, 16, 1, 3), (24, 16, 1, 8), (8, 5, 8, 1), (8, 5, 8, 2)],
+)
+def test_topology_does_not_change_a_sample(base, slots, dispatch, devices, shared):
+    """Neither do the slots it may run in, those that share its prompt, the tokens a dispatch, or
+    the mesh."""
+    assert_same(sample(engine(slots, dispatch, devices, (), shared)), base)
+
+
+def test_looking_at_less_of_the_cache_does_not_change_a_sample(base, monkeypatch):
+    monkeypatch.setattr(engine_module, "_SHORTEST", 2)
+    which = engine.__wrapped__(8, 2, 1, (), 2)
+    assert which._views == (2, 4, 8, 12) and which._prompt_lengths == (2, 4, 6)
+    with jax.set_mesh(which.mesh):
+        which.compile(decode_weights(1))
+        programs = which.num_compiled()
+        assert programs == 2 + len(which._views) + len(which._prompt_lengths)
+    assert_same(sample(which), base)
+    assert which.num_compiled() == programs
+
+
+def test_buckets_double_up_to_the_longest():
+    assert buckets(10) == (10,) and buckets(64) == (64,)
+    assert buckets(300) == (64, 128, 256, 300)
+
+
+@pytest.mark.parametrize(
+    "slots, ways, group_size, completions, shared",
+    [(16, 1, 8, 16, 8), (16, 1, 8, 128, 2), (12, 1, 8, 12, 6), (8, 8, 8, 8, 1), (64, 2, 8, 128, 2)],
+)
+def test_slots_share_a_prompt_where_a_group_runs_at_once(
+    slots, ways, group_size, completions, shared
+):
+    assert shared_slots(slots, ways, group_size, completions) == shared
+
+
+# ---- the queue ---------------------------------------------------------------------------------
+
+
+def test_a_queue_fills_places_in_order_and_helps_the_longest():
+    queue = Queue([3, 5], places=2, slots_per_place=2)
+    busy = [False] * 4
+    first = queue.place(busy, at_least=1)
+    assert first.prompts == [(0, 0), (1, 1)]
+    assert first.samples == {0: (0, 0), 1: (0, 1), 2: (1, 0), 3: (1, 1)}
+    assert queue.left() == 4
+    # Slot 0 goes on with its prompt; slot 1 is not free.
+    assert queue.place([False, True, True, True], 1).samples == {0: (0, 2)}
+    # The first prompt has nothing left: its place waits for both slots, then helps the other.
+    assert not queue.place([False, True, True, True], 1).samples
+    last = queue.place([False, False, True, True], 1)
+    assert last.prompts == [(0, 1)] and last.samples == {0: (1, 2), 1: (1, 3)}
+    assert queue.place([True, True, True, False], 1).samples == {3: (1, 4)}
+    assert queue.left() == 0
+
+
+def test_a_queue_waits_for_enough_free_slots_unless_all_are():
+    queue = Queue([8], places=1, slots_per_place=4)
+    queue.place([False] * 4, 4)
+    assert not queue.place([False, True, True, True], 2).samples and queue.left() == 4
+    assert len(queue.place([False, False, True, True], 2).samples) == 2
+    assert len(queue.place([False] * 4, 9).samples) == 2
+
+
+def test_a_queue_begins_every_sample_exactly_once():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        wanted = rng.integers(0, 6, rng.integers(1, 8)).tolist()
+        places, per_place = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+        queue, begun = Queue(wanted, places, per_place), []
+        busy, stored = [False] * (places * per_place), {}
+        while queue.left():
+            placed = queue.place(busy, int(rng.integers(1, 4)))
+            for place, request in placed.prompts:
+                assert not any(busy[place * per_place : (place + 1) * per_place])
+                stored[place] = request
+            for slot, (request, number) in placed.samples.items():
+                assert not busy[slot] and stored[slot // per_place] == request
+                busy[slot] = True
+                begun.append((request, number))
+            busy = [b and rng.random() < 0.5 for b in busy]
+        assert sorted(begun) == [(r, n) for r, count in enumerate(wanted) for n in range(count)]
 
 
 def test_company_does_not_change_a_sample(base):
@@ -322,13 +410,19 @@ def test_the_cache_is_written_in_place():
     """Donated and aliased: a second cache would halve the number of slots that fit."""
     which = engine()
     with jax.set_mesh(which.mesh):
-        slots = which._empty()
-        arguments = (decode_weights(1), slots, np.zeros(8, bool), jnp.int32(8), jnp.float32(1))
-        compiled = which._decode.lower(*arguments, greedy=False).compile()
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(slots.cache))
+        slots = which._programs.empty()
+        arguments = (decode_weights(1), slots, np.zeros(8, bool), np.int32(8), np.float32(1), None)
+        compiled = which._programs.decode.lower(*arguments, view=MAX_NEW, greedy=False).compile()
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((slots.prompts, slots.cache)))
     expected = 2 * 2 * 8 * (MAX_PROMPT + MAX_NEW) * ARCH.num_kv_heads * ARCH.head_width * 4
     assert cache_bytes == expected
     assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
+
+
+def test_a_prompt_is_stored_once_for_the_slots_that_share_it():
+    which = engine(8, 5, 1, (), 4)
+    stored = sum(leaf.nbytes for leaf in jax.tree.leaves(which._programs.empty().prompts))
+    assert stored == 2 * 2 * 2 * MAX_PROMPT * ARCH.num_kv_heads * ARCH.head_width * 4
 
 
 def test_stats_count_the_tokens(base):
@@ -340,6 +434,7 @@ def test_stats_count_the_tokens(base):
     # Each prompt is read once, or once more where a refill parts a group.
     once = sum(len(request.prompt) for request in REQUESTS)
     assert once <= stats.prompt_tokens < 3 * once
+    assert 0 <= stats.idle_s <= stats.seconds
 
 
 @pytest.mark.parametrize("length", [0, MAX_PROMPT + 1])

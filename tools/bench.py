@@ -301,7 +301,7 @@ def _policy(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Policy:
         arch = SHAPES[args.shape]
         mean = args.new / 2 if args.lengths == "geometric" else 0
         stops = tuple(range(round(arch.vocab_size / mean))) if mean else ()
-        tokenizer = IdTokenizer(arch.vocab_size, eos_ids=stops)  # type: ignore[assignment]
+        tokenizer = IdTokenizer(arch.vocab_size, eos_ids=stops)
     model = ModelConfig(
         compute_dtype=args.dtype, remat=args.remat, logprob_chunk=args.logprob_chunk
     )
@@ -318,7 +318,7 @@ def _prompts(args: argparse.Namespace, policy: Policy) -> list[list[int]]:
     prompts: list[list[int]] = []
     with open(args.data, encoding="utf-8") as lines:
         for number, line in enumerate(lines):
-            messages = [{"role": "user", "content": json.loads(line)["question"]}]
+            messages = ({"role": "user", "content": json.loads(line)["question"]},)
             problem = Problem(uid=str(number), messages=messages, reference="")
             prompt = encode_prompt(policy.tokenizer, problem)
             if len(prompt) <= args.prompt_len:

@@ -11,6 +11,7 @@ ran in, on what else was running, or on the mesh.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from grpo.sharding import batch_ways
 from grpo.structs import EOS, LENGTH, STOP, Completion
 
 _REFILL_SHARE = 8  # refill once 1/8 of the slots are idle: fewer, larger prefills
+_BUSY_TOKENS = 512  # of a prefill
 _SHORTEST = 64  # of the lengths that prompts and views come in: 64, 128, 256 ...
 
 
@@ -157,9 +159,10 @@ class Engine:
         # margin is for a character split over tokens.
         self._stop_window = max((len(s.encode()) for s in stop_strings), default=0) + 4
         self._threshold = max(1, slots // _REFILL_SHARE)
-        # Two widths of a prefill: all prompts when a rollout begins, a few when slots refill.
-        few = max(1, self.num_prompts // _REFILL_SHARE)
-        self._prefill_rows = sorted({few, self.num_prompts})
+        # One width serves the first prefills of a rollout and every refill: a few prompts, but
+        # tokens enough to keep the matrix products busy.
+        few = max(self.num_prompts // _REFILL_SHARE, math.ceil(_BUSY_TOKENS / max_prompt))
+        self._prefill_rows = min(self.num_prompts, few)
         self._prompt_lengths, self._views = buckets(max_prompt), buckets(max_new)
         self.stats = EngineStats()
         self._programs = Programs(
@@ -183,13 +186,13 @@ class Engine:
         slots = self._programs.empty()
         for view in reversed(self._views):
             slots, _, _ = self._decode(weights, slots, np.ones(self.num_slots, bool), view, 1.0)
-        for rows in reversed(self._prefill_rows):
-            for length in reversed(self._prompt_lengths):
-                nowhere = np.full(rows, self.num_prompts, np.int32)
-                tokens_RQ = np.zeros((rows, length), np.int32)
-                slots = self._programs.admit(
-                    weights, slots, tokens_RQ, np.zeros(rows, np.int32), nowhere
-                )
+        R = self._prefill_rows
+        for length in reversed(self._prompt_lengths):
+            nowhere_R = np.full(R, self.num_prompts, np.int32)
+            tokens_RQ = np.zeros((R, length), np.int32)
+            slots = self._programs.admit(
+                weights, slots, tokens_RQ, np.zeros(R, np.int32), nowhere_R
+            )
         jax.block_until_ready(self._programs.start(slots, self._nobody(), jax.random.key(0)))
 
     def num_compiled(self) -> int:
@@ -308,11 +311,9 @@ class Engine:
         key: jax.Array,
     ) -> Slots:
         """Begins the samples; prompts that are new to their place are read first."""
-        few, rest = self._prefill_rows[0], placed.prompts
-        while rest:
-            rows = few if len(rest) <= few else self._prefill_rows[-1]
-            slots = self._admit(weights, slots, requests, rest[:rows], rows)
-            rest = rest[rows:]
+        R = self._prefill_rows
+        for first in range(0, len(placed.prompts), R):
+            slots = self._admit(weights, slots, requests, placed.prompts[first : first + R])
         start = self._nobody()
         for slot, (number, sample) in placed.samples.items():
             start.take_B[slot] = True
@@ -327,14 +328,14 @@ class Engine:
         slots: Slots,
         requests: Sequence[Request],
         prompts: Sequence[tuple[int, int]],
-        rows: int,
     ) -> Slots:
-        """Reads the prompts of (place, request) pairs, in a program of `rows` rows."""
+        """Reads the prompts of (place, request) pairs, no more than a prefill has rows."""
         longest = max(len(requests[number].prompt) for _, number in prompts)
         length = next(bucket for bucket in self._prompt_lengths if bucket >= longest)
-        tokens_RQ = np.zeros((rows, length), np.int32)
-        prompt_len_R = np.zeros(rows, np.int32)
-        place_R = np.full(rows, self.num_prompts, np.int32)  # nowhere, unless taken
+        R = self._prefill_rows
+        tokens_RQ = np.zeros((R, length), np.int32)
+        prompt_len_R = np.zeros(R, np.int32)
+        place_R = np.full(R, self.num_prompts, np.int32)  # nowhere, unless taken
         for row, (place, number) in enumerate(prompts):
             prompt = requests[number].prompt
             tokens_RQ[row, : len(prompt)] = prompt
