@@ -130,6 +130,8 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
         tokens_per_dispatch=sample.tokens_per_dispatch,
         dtype=config.model.compute_dtype,
         stop_strings=sample.stop_strings,
+        tail_slots=sample.tail_slots,
+        draft_tokens=sample.draft_tokens,
     )
     scorer = stack.enter_context(Scorer(config.reward))
     sft = None

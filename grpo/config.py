@@ -101,6 +101,16 @@ class SampleConfig(Section):
     slots_per_prompt: int = doc(
         0, "slots that share one stored prompt, and change it together; 0: chosen by the run"
     )
+    tail_slots: int = doc(
+        0,
+        "once nothing waits and no more completions than this are left, they go on in a smaller "
+        "state, which is faster; 0: never",
+    )
+    draft_tokens: int = doc(
+        0,
+        "guessed ahead in the tail from what the text repeats; the same tokens in fewer passes if "
+        "it repeats itself, in slower ones if not",
+    )
     tokens_per_dispatch: int = doc(16, "tokens decoded before the host looks again")
     stop_strings: tuple[str, ...] = doc((), "texts that end a completion, beside its stop tokens")
 
@@ -387,9 +397,8 @@ _POSITIVE = """
     log.keep_checkpoints
 """.split()
 _NOT_NEGATIVE = """
-    seed num_steps sample.slots_per_prompt algo.clip_high algo.kl_coef algo.ref_every
-    algo.entropy_coef
-    algo.dynamic_rounds algo.overlong_buffer_tokens algo.overlong_penalty optim.learning_rate
+    seed num_steps sample.slots_per_prompt sample.tail_slots sample.draft_tokens algo.clip_high
+    algo.kl_coef algo.ref_every algo.entropy_coef algo.dynamic_rounds algo.overlong_buffer_tokens algo.overlong_penalty optim.learning_rate
     optim.warmup_updates optim.weight_decay reward.gold_check sft.num_steps sft.learning_rate
     sft.warmup_updates eval.every log.rollouts_every
 """.split()

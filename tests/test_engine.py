@@ -16,6 +16,7 @@ from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
 from grpo.batch import RowShape, Sample, pack
 from grpo.engine import engine as engine_module
 from grpo.engine.engine import Engine, Request, buckets, shared_slots
+from grpo.engine.programs import Slots, _guess
 from grpo.engine.queue import Queue
 from grpo.engine.sampling import inverse_cdf, sample_token
 from grpo.model.decoder import to_decode
@@ -128,6 +129,8 @@ def engine(
     devices: int = 1,
     stops: tuple[str, ...] = (),
     shared: int = 1,
+    tail: int = 0,
+    drafts: int = 0,
 ):
     """An engine, compiled once for all tests that want it; `shared` slots have a prompt."""
     with jax.set_mesh(mesh(devices)):
@@ -142,6 +145,8 @@ def engine(
             tokens_per_dispatch=dispatch,
             dtype="float32",
             stop_strings=stops,
+            tail_slots=tail,
+            draft_tokens=drafts,
         )
 
 
@@ -233,6 +238,48 @@ def test_looking_at_less_of_the_cache_does_not_change_a_sample(base, monkeypatch
         assert programs == 2 + len(which._views) + len(which._prompt_lengths)
     assert_same(sample(which), base)
     assert which.num_compiled() == programs
+
+
+@pytest.mark.parametrize(
+    "shared, tail, drafts, devices", [(2, 2, 0, 1), (1, 4, 3, 1), (2, 4, 2, 8)]
+)
+@pytest.mark.parametrize("temperature", [0.8, 0.0])
+def test_the_tail_gets_the_same_samples(base, shared, tail, drafts, devices, temperature):
+    which = engine(8, 5, devices, (), shared, tail, drafts)
+    expected = base if temperature else sample(engine(), temperature=0.0)
+    assert_same(sample(which, temperature=temperature), expected)
+
+
+def test_guesses_are_what_followed_the_last_two_tokens():
+    def guess(prompt: list[int], written: list[int]) -> list[int]:
+        history_BC = np.full((1, 8), -1, np.int32)
+        history_BC[0, : len(written)] = written
+        slots = Slots(
+            prompts=[],
+            prompt_len_P=np.array([len(prompt) - 1]),
+            prompt_PQ=np.array([prompt + [-1] * (6 - len(prompt))]),
+            cache=[],
+            token_B=np.array([written[-1]]),
+            written_B=np.array([len(written)]),
+            history_BC=history_BC,
+            key_B2=None,
+            active_B=None,
+        )
+        return _guess(jax.tree.map(jnp.asarray, slots), 2)[0].tolist()
+
+    assert guess([1, 2, 3, 4], [9, 1, 2]) == [3, 4]  # from the prompt
+    assert guess([1, 2, 3, 4], [1, 2, 7, 8, 1, 2]) == [7, 8]  # the completion comes first
+    assert guess([5], [1, 2, 3, 1, 2, 4, 1, 2]) == [4, 1]  # the last time counts
+    assert guess([1, 2], [9, 1, 2])[0] == -1  # nothing known to follow
+    assert guess([1, 2, 3], [1]) == guess([1, 2, 3], [4, 5]) == [-1, -1]
+
+
+def test_good_guesses_save_passes():
+    """A text that repeats itself: greedy completions of this model do."""
+    plain, guessing = engine(8, 5, 1, (), 1, 4), engine(8, 5, 1, (), 1, 4, 3)
+    few = REQUESTS[:1]
+    assert_same(sample(guessing, few, temperature=0.0), sample(plain, few, temperature=0.0))
+    assert guessing.stats.passes < plain.stats.passes
 
 
 def test_buckets_double_up_to_the_longest():

@@ -214,6 +214,8 @@ class Bench:
             slots_per_prompt=args.slots_per_prompt or min(args.group, slots),
             tokens_per_dispatch=args.tokens_per_dispatch,
             dtype=args.dtype,
+            tail_slots=args.tail_slots,
+            draft_tokens=args.draft_tokens,
         )
         self.row_shape: RowShape = row_shape(
             max_prompt=max_prompt,
@@ -433,6 +435,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--microbatch_tokens", type=int, default=2048)
     parser.add_argument("--slots", type=int, default=0, help="0: one a completion")
     parser.add_argument("--slots_per_prompt", type=int, default=0, help="0: the group; 1: unshared")
+    parser.add_argument("--tail_slots", type=int, default=0)
+    parser.add_argument("--draft_tokens", type=int, default=0)
     parser.add_argument("--tokens_per_dispatch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="nothing but one JSON line")

@@ -50,13 +50,16 @@ class EngineStats:
     Attributes:
       tokens: sampled and wanted.
       prompt_tokens: read.
-      slot_steps: slots x tokens steps decoded; `tokens` over this is the occupancy.
+      passes: through the model, to decode.
+      slot_steps: slots x passes; `tokens` over this is the occupancy (above 1 where good guesses
+        give several tokens a pass).
       seconds: from the first request to the last completion.
       idle_s: of them the devices had nothing to do, at most.
     """
 
     tokens: int = 0
     prompt_tokens: int = 0
+    passes: int = 0
     slot_steps: int = 0
     seconds: float = 0.0
     idle_s: float = 0.0
@@ -79,6 +82,7 @@ class _Dispatch:
 
     tokens_NB: jax.Array
     logprobs_NB: jax.Array
+    passes: jax.Array
     owners: list[_Running | None]
 
 
@@ -122,6 +126,9 @@ class Engine:
       tokens_per_dispatch: tokens sampled before the host looks again.
       dtype: of the cache.
       stop_strings: texts that end a completion; the token that completes one is its last.
+      tail_slots: once nothing is queued and no more completions than this are left, they go on by
+        themselves in a smaller state; 0: never.
+      draft_tokens: guessed ahead there, from what the text repeats; fewer than a dispatch has.
     """
 
     def __init__(
@@ -137,8 +144,20 @@ class Engine:
         tokens_per_dispatch: int,
         dtype: str,
         stop_strings: tuple[str, ...] = (),
+        tail_slots: int = 0,
+        draft_tokens: int = 0,
     ):
         ways = batch_ways(mesh)
+        if tail_slots % ways or tail_slots > slots // 2:
+            raise ValueError(
+                f"sample.tail_slots ({tail_slots}) must be a multiple of data x fsdp = {ways}, and "
+                f"at most half of sample.slots ({slots})"
+            )
+        if draft_tokens >= tokens_per_dispatch or (draft_tokens and not tail_slots):
+            raise ValueError(
+                f"sample.draft_tokens ({draft_tokens}) must be below sample.tokens_per_dispatch "
+                f"({tokens_per_dispatch}), and needs sample.tail_slots"
+            )
         if slots % (ways * slots_per_prompt):
             raise ValueError(
                 f"sample.slots ({slots}) must be a multiple of data x fsdp = {ways} times "
@@ -155,6 +174,7 @@ class Engine:
         self.slots_per_prompt, self.num_prompts = slots_per_prompt, slots // slots_per_prompt
         self.tokens_per_dispatch = tokens_per_dispatch
         self.stop_strings = stop_strings
+        self.tail_slots, self.draft_tokens = tail_slots, draft_tokens
         # A token is at least a byte, so a stop string lies within this many last tokens; the
         # margin is for a character split over tokens.
         self._stop_window = max((len(s.encode()) for s in stop_strings), default=0) + 4
@@ -185,7 +205,12 @@ class Engine:
         """
         slots = self._programs.empty()
         for view in reversed(self._views):
-            slots, _, _ = self._decode(weights, slots, np.ones(self.num_slots, bool), view, 1.0)
+            slots, *_ = self._decode(weights, slots, np.ones(self.num_slots, bool), view, 1.0)
+        if self.tail_slots:
+            nobody = [None] * self.num_slots
+            for view in reversed(self._views):
+                tail, running = self._compact(slots, nobody)
+                self._decode(weights, tail, np.ones(len(running), bool), view, 1.0)
         R = self._prefill_rows
         for length in reversed(self._prompt_lengths):
             nowhere_R = np.full(R, self.num_prompts, np.int32)
@@ -232,14 +257,22 @@ class Engine:
         ahead: _Dispatch | None = None
         looked = time.monotonic()
         while queue.left() or any(running):
-            placed = queue.place([owner is not None for owner in running], self._threshold)
-            if placed.samples:
-                slots = self._refill(weights, slots, requests, placed, key)
+            if queue.left():
+                placed = queue.place([owner is not None for owner in running], self._threshold)
+                if placed.samples:
+                    slots = self._refill(weights, slots, requests, placed, key)
                 for slot, (number, sample) in placed.samples.items():
                     running[slot], halted_B[slot] = _Running(number, sample), False
+            elif self._is_tail(queue, running):
+                if ahead is not None:  # who is left is known once everything is read
+                    yield from self._read(ahead, running, np.zeros(len(running), bool))
+                    ahead = None
+                    continue
+                slots, running = self._compact(slots, running)
+                halted_B = np.zeros(len(running), bool)
             idle = running.count(None)
             # Relative to what idles already: a loop whose exit test is true at entry never moves.
-            stop_at = idle + self._threshold if queue.left() else self.num_slots
+            stop_at = idle + self._threshold if queue.left() else len(running)
             # What the dispatch ahead has written is not known yet.
             dispatches = 1 if ahead is None else 2
             written = max(len(owner.tokens) for owner in running if owner is not None)
@@ -247,11 +280,12 @@ class Engine:
             view = next((v for v in self._views if v >= needed), self.max_new)
             if ahead is not None and _is_ready(ahead):
                 stats.idle_s += time.monotonic() - looked
-            slots, tokens_NB, logprobs_NB = self._decode(
+            slots, tokens_NB, logprobs_NB, passes = self._decode(
                 weights, slots, halted_B, view, temperature, filters, stop_at
             )
-            behind, ahead = ahead, _Dispatch(tokens_NB, logprobs_NB, list(running))
-            halted_B = np.zeros(self.num_slots, bool)
+            behind = ahead
+            ahead = _Dispatch(tokens_NB, logprobs_NB, passes, list(running))
+            halted_B = np.zeros(len(running), bool)
             if behind is not None:
                 ended = list(self._read(behind, running, halted_B))
                 looked = time.monotonic()
@@ -268,24 +302,47 @@ class Engine:
         temperature: float,
         filters: Filters | None = None,
         stop_at: int = 0,
-    ) -> tuple[Slots, jax.Array, jax.Array]:
+    ) -> tuple[Slots, jax.Array, jax.Array, jax.Array]:
         return self._programs.decode(
             weights,
             slots,
             halted_B,
-            np.int32(min(stop_at, self.num_slots)),
+            np.int32(min(stop_at, len(halted_B))),
             np.float32(temperature or 1.0),
             filters,
             view=view,
             greedy=temperature == 0,
+            drafts=self.draft_tokens if len(halted_B) < self.num_slots else 0,
+        )
+
+    def _is_tail(self, queue: Queue, running: Sequence[_Running | None]) -> bool:
+        """Few completions are left, and still in the whole state."""
+        left = len(running) - running.count(None)
+        whole = len(running) == self.num_slots
+        return whole and not queue.left() and 0 < left <= self.tail_slots
+
+    def _compact(
+        self, slots: Slots, running: Sequence[_Running | None]
+    ) -> tuple[Slots, list[_Running | None]]:
+        """The busy slots in a state of `tail_slots` slots, and who they are."""
+        busy = [slot for slot, owner in enumerate(running) if owner is not None]
+        spare = [slot for slot, owner in enumerate(running) if owner is None]
+        keep = (busy + spare)[: self.tail_slots]
+        busy_S = np.array([running[slot] is not None for slot in keep])
+        return (
+            self._programs.compact(slots, np.array(keep, np.int32), busy_S),
+            [running[slot] for slot in keep],
         )
 
     def _read(
         self, dispatch: _Dispatch, running: list[_Running | None], halted_B: np.ndarray
     ) -> Iterator[Completion]:
         """Waits for a dispatch; completions that ended in it leave their slots."""
-        tokens_NB, logprobs_NB = jax.device_get((dispatch.tokens_NB, dispatch.logprobs_NB))
-        self.stats.slot_steps += int((tokens_NB >= 0).any(axis=1).sum()) * self.num_slots
+        tokens_NB, logprobs_NB, passes = jax.device_get(
+            (dispatch.tokens_NB, dispatch.logprobs_NB, dispatch.passes)
+        )
+        self.stats.passes += int(passes)
+        self.stats.slot_steps += int(passes) * len(dispatch.owners)
         for slot, owner in enumerate(dispatch.owners):
             if owner is None or owner.done:
                 continue

@@ -1,4 +1,4 @@
-"""What the engine runs on the devices: four programs over one state, each of a fixed shape."""
+"""What the engine runs on the devices: a few programs over one state, each of fixed shapes."""
 
 from functools import partial
 from typing import Any
@@ -24,9 +24,11 @@ class Slots(struct.PyTreeNode):
 
     prompts: list[KV]  # [P, K, Q, H] a layer, each prompt stored once for its G slots
     prompt_len_P: jax.Array  # tokens in the prompt's cache
+    prompt_PQ: jax.Array  # the tokens themselves, -1 behind the last
     cache: list[KV]  # [B, K, C, H] a layer: what each slot has fed itself
     token_B: jax.Array  # the last token, whose successor is sampled next
     written_B: jax.Array  # tokens sampled so far, which is where `token_B` goes in the cache
+    history_BC: jax.Array  # what each slot has sampled, -1 behind the last
     key_B2: jax.Array  # random key data of the sample
     active_B: jax.Array
 
@@ -40,7 +42,7 @@ class Start(struct.PyTreeNode):
     sample_B: np.ndarray
 
 
-_Carry = tuple[Any, Slots, jax.Array, jax.Array]  # of the decode loop
+_Carry = tuple[Slots, jax.Array, jax.Array, jax.Array]  # of the decode loop
 
 
 class Programs:
@@ -94,13 +96,14 @@ class Programs:
         self.decode = jax.jit(
             partial(_decode, arch=arch, num_tokens=num_tokens, max_new=max_new, stop_ids=stop_ids),
             donate_argnames="slots",
-            static_argnames=("view", "greedy"),
-            out_shardings=(layout, everywhere, everywhere),
+            static_argnames=("view", "greedy", "drafts"),
+            out_shardings=(layout, everywhere, everywhere, everywhere),
         )
+        self.compact = jax.jit(partial(_compact), out_shardings=layout)
 
     def num_compiled(self) -> int:
         """How many there are by now."""
-        programs: Any = (self.empty, self.admit, self.start, self.decode)
+        programs: Any = (self.empty, self.admit, self.start, self.decode, self.compact)
         return sum(program._cache_size() for program in programs)
 
 
@@ -113,9 +116,11 @@ def _empty(
     return Slots(
         prompts=empty_cache(arch, num_prompts, max_prompt, dtype),
         prompt_len_P=zeros(num_prompts, jnp.int32),
+        prompt_PQ=shard(jnp.full((num_prompts, max_prompt), -1, jnp.int32), "batch", None),
         cache=empty_cache(arch, slots, max_new, dtype),
         token_B=zeros(slots, jnp.int32),
         written_B=zeros(slots, jnp.int32),
+        history_BC=shard(jnp.full((slots, max_new), -1, jnp.int32), "batch", None),
         key_B2=shard(jnp.zeros((slots, 2), jnp.uint32), "batch", None),
         active_B=zeros(slots, jnp.bool_),
     )
@@ -156,7 +161,10 @@ def _admit(
             new_RKQH.astype(cache_PKQH.dtype), mode="drop"
         )
 
+    known_RQ = jnp.arange(slots.prompt_PQ.shape[1]) <= prompt_len_R[:, None]
+    padded_RQ = jnp.pad(tokens_RQ, ((0, 0), (0, known_RQ.shape[1] - width)))
     return slots.replace(
+        prompt_PQ=slots.prompt_PQ.at[prompt_R].set(jnp.where(known_RQ, padded_RQ, -1), mode="drop"),
         prompts=jax.tree.map(put, slots.prompts, prefill(weights, arch, tokens_RQ)),
         prompt_len_P=slots.prompt_len_P.at[prompt_R].set(prompt_len_R, mode="drop"),
     )
@@ -172,6 +180,7 @@ def _start(slots: Slots, start: Start, key: jax.Array) -> Slots:
     return slots.replace(
         token_B=jnp.where(start.take_B, start.token_B, slots.token_B),
         written_B=jnp.where(start.take_B, 0, slots.written_B),
+        history_BC=jnp.where(start.take_B[:, None], -1, slots.history_BC),
         key_B2=jnp.where(start.take_B[:, None], new_key_B2, slots.key_B2),
         active_B=slots.active_B | start.take_B,
     )
@@ -191,52 +200,125 @@ def _decode(
     stop_ids: tuple[int, ...],
     view: int,
     greedy: bool,
-) -> tuple[Slots, jax.Array, jax.Array]:
+    drafts: int = 0,
+) -> tuple[Slots, jax.Array, jax.Array, jax.Array]:
     """Up to `num_tokens` tokens for every active slot; ends early once `stop_at` slots are idle.
 
     Attention looks at the first `view` places of each slot's cache, so that its cost follows what
     is written, not what might be; no active slot may write beyond them.
 
-    Returns the slots, the tokens [N, B] (-1 where a slot was idle) and their log-probabilities.
+    With `drafts`, each pass also feeds so many tokens that may follow, and keeps those that would
+    have been sampled: every position has its own random number, so what is sampled is the same
+    token by token, in fewer passes where the guesses are good.
+
+    Returns the slots, the tokens [N, B] (-1 where there are no more), their log-probabilities, and
+    the number of passes through the model.
     """
-    B = slots.token_B.shape[0]
+    B, N, T = slots.token_B.shape[0], num_tokens, 1 + drafts
     slots = slots.replace(active_B=slots.active_B & ~halted_B)
     whole, stops = slots.cache, jnp.asarray(stop_ids, jnp.int32)
     seen = jax.tree.map(lambda a: a[:, :, :view], whole)
+    before_B, rows_B1, ahead_T = slots.written_B, jnp.arange(B)[:, None], jnp.arange(T)
 
-    def draw(key_2: jax.Array, written: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_2), written))
+    def draw(key_2: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_2), position))
 
     def body(carry: _Carry) -> _Carry:
-        i, s, tokens_NB, logprobs_NB = carry
-        logits_B1V, cache = decode_step(
-            weights, arch, s.prompts, s.prompt_len_P, s.cache, s.token_B[:, None], s.written_B
+        s, tokens_NB, logprobs_NB, passes = carry
+        fed_BT = jnp.concatenate([s.token_B[:, None], _guess(s, drafts)], axis=1)
+        logits_BTV, cache = decode_step(
+            weights, arch, s.prompts, s.prompt_len_P, s.cache, jnp.maximum(fed_BT, 0), s.written_B
         )
-        uniform_B = jax.vmap(draw)(s.key_B2, s.written_B)
-        token_B, logprob_B = sample_token(
-            logits_B1V[:, 0], uniform_B, temperature, greedy=greedy, filters=filters
+        place_BT = s.written_B[:, None] + ahead_T
+        uniform_BT = jax.vmap(jax.vmap(draw, (None, 0)))(s.key_B2, place_BT)
+        token_BT, logprob_BT = jax.tree.map(
+            lambda x: x.reshape(B, T),
+            sample_token(
+                logits_BTV.reshape(B * T, -1),
+                uniform_BT.reshape(-1),
+                temperature,
+                greedy=greedy,
+                filters=filters,
+            ),
         )
-        written_B = s.written_B + s.active_B
-        ended_B = jnp.isin(token_B, stops) | (written_B >= max_new)
-        tokens_NB = tokens_NB.at[i].set(jnp.where(s.active_B, token_B, -1))
-        logprobs_NB = logprobs_NB.at[i].set(jnp.where(s.active_B, logprob_B, 0.0))
+        ends_BT = jnp.isin(token_BT, stops) | (place_BT + 1 >= max_new)
+        # A token counts if all that was fed before it is what was sampled, and none of it ended.
+        goes_on_BT = (token_BT[:, :-1] == fed_BT[:, 1:]) & ~ends_BT[:, :-1]
+        counts_BT = jnp.cumprod(jnp.pad(goes_on_BT, ((0, 0), (1, 0)), constant_values=True), axis=1)
+        counts_BT = (counts_BT > 0) & s.active_B[:, None]
+        new_B = counts_BT.sum(axis=1)
+        last_B1 = jnp.maximum(new_B - 1, 0)[:, None]
+        slot_BT = jnp.where(counts_BT, place_BT - before_B[:, None], N)  # N is nowhere
+        tokens_NB = tokens_NB.at[slot_BT, rows_B1].set(token_BT, mode="drop")
+        logprobs_NB = logprobs_NB.at[slot_BT, rows_B1].set(logprob_BT, mode="drop")
+        history_BC = s.history_BC.at[rows_B1, jnp.where(counts_BT, place_BT, max_new)].set(
+            token_BT, mode="drop"
+        )
+        token_B = jnp.take_along_axis(token_BT, last_B1, axis=1)[:, 0]
         s = s.replace(
             cache=cache,
             token_B=jnp.where(s.active_B, token_B, s.token_B),
-            written_B=written_B,
-            active_B=s.active_B & ~ended_B,
+            written_B=s.written_B + new_B,
+            history_BC=history_BC,
+            active_B=s.active_B & ~jnp.take_along_axis(ends_BT, last_B1, axis=1)[:, 0],
         )
-        return i + 1, s, tokens_NB, logprobs_NB
+        return s, tokens_NB, logprobs_NB, passes + 1
 
     def more(carry: _Carry) -> jax.Array:
-        i, s, _, _ = carry
-        return (i < num_tokens) & (jnp.sum(~s.active_B) < stop_at)
+        s = carry[0]
+        room = jnp.max(s.written_B - before_B) + T <= N
+        return room & (jnp.sum(~s.active_B) < stop_at)
 
-    N = num_tokens
-    start = (0, slots.replace(cache=seen), jnp.full((N, B), -1, jnp.int32), jnp.zeros((N, B)))
-    _, slots, tokens_NB, logprobs_NB = jax.lax.while_loop(more, body, start)
+    nothing_NB = jnp.full((N, B), -1, jnp.int32)
+    start = (slots.replace(cache=seen), nothing_NB, jnp.zeros((N, B)), jnp.zeros((), jnp.int32))
+    slots, tokens_NB, logprobs_NB, passes = jax.lax.while_loop(more, body, start)
     if view < max_new:
         slots = slots.replace(
             cache=jax.tree.map(lambda a, new: a.at[:, :, :view].set(new), whole, slots.cache)
         )
-    return slots, tokens_NB, logprobs_NB
+    return slots, tokens_NB, logprobs_NB, passes
+
+
+def _guess(slots: Slots, count: int) -> jax.Array:
+    """The tokens [B, count] that followed the last two when they last stood together; -1: none.
+
+    Looks at the completion first, then at the prompt: what is repeated is mostly near.
+    """
+    B, C = slots.history_BC.shape
+    if not count:
+        return jnp.zeros((B, 0), jnp.int32)
+    G = B // slots.prompt_PQ.shape[0]
+    text_BS = jnp.concatenate([jnp.repeat(slots.prompt_PQ, G, axis=0), slots.history_BC], axis=1)
+    Q, S = text_BS.shape[1] - C, text_BS.shape[1]
+    before_B1 = jnp.take_along_axis(text_BS, Q + slots.written_B[:, None] - 2, axis=1)
+    pair_BS = (text_BS[:, :-1] == before_B1) & (text_BS[:, 1:] == slots.token_B[:, None])
+    # Not the pair itself, and only where there are two tokens of the completion.
+    earlier_BS = jnp.arange(S - 1) < Q + slots.written_B[:, None] - 2
+    found_BS = pair_BS & earlier_BS & (slots.written_B[:, None] >= 2)
+    place_B = S - 2 - jnp.argmax(found_BS[:, ::-1], axis=1)
+    next_BT = jnp.minimum(place_B[:, None] + 2 + jnp.arange(count), S - 1)
+    guess_BT = jnp.take_along_axis(text_BS, next_BT, axis=1)
+    return jnp.where(found_BS.any(axis=1)[:, None], guess_BT, -1)
+
+
+def _compact(slots: Slots, keep_S: jax.Array, busy_S: jax.Array) -> Slots:
+    """The slots `keep_S`, each with its prompt to itself; those that are not busy are idle."""
+    G = slots.token_B.shape[0] // slots.prompt_len_P.shape[0]
+
+    def of_prompt(array: jax.Array) -> jax.Array:
+        return array[keep_S // G]
+
+    def of_slot(array: jax.Array) -> jax.Array:
+        return array[keep_S]
+
+    return Slots(
+        prompts=jax.tree.map(of_prompt, slots.prompts),
+        prompt_len_P=of_prompt(slots.prompt_len_P),
+        prompt_PQ=of_prompt(slots.prompt_PQ),
+        cache=jax.tree.map(of_slot, slots.cache),
+        token_B=of_slot(slots.token_B),
+        written_B=of_slot(slots.written_B),
+        history_BC=of_slot(slots.history_BC),
+        key_B2=of_slot(slots.key_B2),
+        active_B=of_slot(slots.active_B) & busy_S,
+    )
