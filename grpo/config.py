@@ -386,8 +386,9 @@ def validate(config: Config) -> None:
     rows = algo.problems_per_step * algo.group_size
     product = f"problems_per_step ({algo.problems_per_step}) x group_size ({algo.group_size})"
     _need(
-        rows % algo.minibatches == 0,
-        f"{product} = {rows} rows cannot be split into {algo.minibatches} equal minibatches",
+        algo.problems_per_step % algo.minibatches == 0,
+        f"{product} = {rows} rows cannot be split into {algo.minibatches} equal minibatches of "
+        "whole groups",
     )
     _validate_algorithm(config)
     _need(bool(reward.functions), "reward.functions is empty: there is nothing to learn from")

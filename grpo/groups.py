@@ -30,7 +30,7 @@ def fill_groups(ask: Ask, wanted: int, rounds: int) -> tuple[Rollout, Scores, di
       rounds: most further draws; 0 takes the first draw as it is.
 
     Returns:
-      The groups, their scores, and the last round's metrics with `groups/...` added:
+      The groups, their scores, and the first round's metrics, times of all rounds added up, with
       `groups/asked` (problems drawn), `groups/useful_share` of them, `groups/all_right` and
       `groups/all_wrong` (shares of flat groups at the highest and at a lower reward) and
       `groups/signal` (useful ones among those kept).
