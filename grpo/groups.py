@@ -105,7 +105,7 @@ def _joined(found: Sequence[tuple[Rollout, Scores]]) -> tuple[Rollout, Scores]:
             valid_PG=np.concatenate([s.valid_PG for s in scores]),
             components={n: np.concatenate([s.components[n] for s in scores]) for n in names},
             weights=scores[0].weights,
-            statuses={n: [x for s in scores for x in s.statuses[n]] for n in names},
+            statuses={n: [x for s in scores for x in s.statuses[n]] for n in scores[0].statuses},
         ),
     )
 
