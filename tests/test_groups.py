@@ -95,7 +95,7 @@ def test_a_draw_that_is_all_useful_is_enough():
 
 
 def test_the_first_useful_groups_are_kept_in_the_order_they_were_drawn():
-    """2 of 4 are useful, so 4 are drawn for the 2 that are missing; 3 of those are, one too many."""
+    """2 of 4 are useful, so 4 are drawn for the 2 that are missing, and 3 of those are useful."""
     rewards = [WRONG, USEFUL, RIGHT, USEFUL, USEFUL, WRONG, USEFUL, USEFUL]
     script, rollout, scores, metrics = filled(rewards, 4, 9)
     assert script.calls == [(4, 0), (4, 1)]

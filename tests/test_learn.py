@@ -152,9 +152,7 @@ def logprobs_of(params: Params) -> list[np.ndarray]:
     samples = [Sample(c.problem, rollout.prompts[c.problem], c.tokens) for c in rollout.completions]
     with jax.set_mesh(policy().mesh):
         values_RC = np.asarray(logprobs_program()(params, one_a_row(samples)))
-    return [
-        row_C[: len(c.tokens)] for row_C, c in zip(values_RC, rollout.completions, strict=True)
-    ]
+    return [row_C[: len(c.tokens)] for row_C, c in zip(values_RC, rollout.completions, strict=True)]
 
 
 # ---- one update ------------------------------------------------------------------------------
@@ -289,9 +287,7 @@ def test_kl_in_the_reward_is_subtracted_before_completions_are_compared(tmp_path
     [(microbatches, _)] = run.update.calls
     nats = [
         float(np.sum(completion.logprobs - ref))
-        for completion, ref in zip(
-            some_rollout().completions, logprobs_of(reference), strict=True
-        )
+        for completion, ref in zip(some_rollout().completions, logprobs_of(reference), strict=True)
     ]
     reward_PG = REWARD_PG - 0.1 * np.reshape(nats, (P, G))
     expected_PG = reward_PG - reward_PG.mean(axis=1, keepdims=True)
