@@ -96,8 +96,8 @@ def _with_logprobs(run: Run, params: Params, samples: Sequence[Sample], name: st
 
 def _kl_PG(samples: Sequence[Sample], G: int) -> np.ndarray:
     """Sum over each completion of log pi_old - log pi_ref, nats, by the sampler's log-probs."""
-    nats = [float(np.subtract(s.sampler_logprobs, s.ref_logprobs).sum()) for s in samples]
-    return np.array(nats).reshape(-1, G)
+    nats = [np.asarray(s.sampler_logprobs) - np.asarray(s.ref_logprobs) for s in samples]
+    return np.array([float(gaps.sum()) for gaps in nats]).reshape(-1, G)
 
 
 def _update(
