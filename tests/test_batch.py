@@ -20,11 +20,16 @@ from grpo.batch import (
 )
 from grpo.structs import Batch
 
+
+def nats(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
 # Two groups. Id 0 is also what rows are padded with.
 SAMPLES = [
-    Sample(7, [5, 6, 7], [1, 2], advantage=0.5, sampler_logprobs=np.float32([-1, -2])),
-    Sample(7, [5, 6, 7], [3, 0, 0], advantage=-0.5, sampler_logprobs=np.float32([-3, -4, -5])),
-    Sample(2, [8], [4, 31], trains=False, advantage=2.0, old_logprobs=np.float32([-6, -7])),
+    Sample(7, [5, 6, 7], [1, 2], advantage=0.5, sampler_logprobs=nats(-1, -2)),
+    Sample(7, [5, 6, 7], [3, 0, 0], advantage=-0.5, sampler_logprobs=nats(-3, -4, -5)),
+    Sample(2, [8], [4, 31], trains=False, advantage=2.0, old_logprobs=nats(-6, -7)),
 ]
 SHAPE = RowShape(rows=1, tokens=12, completion_tokens=8)
 
@@ -143,7 +148,8 @@ def test_a_prompt_stands_once_in_a_row_and_opens_a_row_only_where_none_had_room(
     packed = pack(samples, shape)
     rows = rows_of(packed)
     free_R = (rows.groups_RT == 0).sum(axis=1)
-    written_R, first = np.zeros(len(free_R), int), {}
+    written_R = np.zeros(len(free_R), int)
+    first: dict[tuple[int, int], tuple[int, Sample]] = {}
     for sample, (row, start) in zip(samples, packed.places, strict=True):
         written_R[row] += len(sample.completion)
         key = row, sample.group

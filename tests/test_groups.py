@@ -19,7 +19,7 @@ USEFUL, RIGHT, WRONG = (1.0, 0.0), (1.0, 1.0), (0.0, 0.0)
 def groups_of(rewards: Sequence[tuple[float, float]], names: Iterator[int]) -> tuple:
     """A rollout and scores; whatever belongs to group "n" says so."""
     uids = [next(names) for _ in rewards]
-    reward_PG = np.float32(rewards)
+    reward_PG = np.array(rewards, np.float32)
     rollout = Rollout(
         problems=[Problem(str(uid), prompt="?") for uid in uids],
         prompts=[[uid] for uid in uids],
@@ -33,7 +33,7 @@ def groups_of(rewards: Sequence[tuple[float, float]], names: Iterator[int]) -> t
     scores = Scores(
         reward_PG=reward_PG,
         valid_PG=np.ones_like(reward_PG, bool),
-        components={"verifier": reward_PG, "uid": np.float32([[uid] * G for uid in uids])},
+        components={"verifier": reward_PG, "uid": np.array([[uid] * G for uid in uids], "f4")},
         weights={"verifier": 1.0, "uid": 0.0},
         statuses={"verifier": [f"{uid} {g}" for uid in uids for g in range(G)]},
     )
@@ -153,7 +153,7 @@ def test_any_script_fills_the_batch(seed):
 def test_flat_groups_are_told_apart_by_the_verifier():
     """Flat is said of the reward, right of the first component; a group that failed is neither."""
     _, scores = groups_of([WRONG, RIGHT, USEFUL, RIGHT], itertools.count())
-    verifier_PG = np.float32([[0, 0], [1, 1], [1, 1], [1, 1]])
+    verifier_PG = np.array([[0, 0], [1, 1], [1, 1], [1, 1]], np.float32)
     valid_PG = np.array([[True, True], [True, True], [True, True], [False, False]])
     scores = dataclasses.replace(
         scores, valid_PG=valid_PG, components={"verifier": verifier_PG, "uid": verifier_PG}

@@ -30,7 +30,7 @@ from rewards.api import Problem
 P, G = 4, 4
 SHAPE = RowShape(rows=2, tokens=30, completion_tokens=24)
 LENGTHS_PG = np.array([[8, 3, 1, 5], [2, 8, 4, 4], [6, 7, 1, 1], [3, 2, 8, 8]])
-REWARD_PG = np.float32([[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0], [0.5, 0, 1, 0]])
+REWARD_PG = np.array([[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0], [0.5, 0, 1, 0]], np.float32)
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
@@ -325,7 +325,7 @@ def test_metrics_say_how_much_there_is_to_learn(tmp_path):
     assert metrics["groups/zero_advantage_token_share"] == pytest.approx(idle / LENGTHS_PG.sum())
     trained = advantage.dr_grpo(some_scores(valid_PG))[valid_PG]
     assert metrics["groups/advantage_std"] == pytest.approx(trained.std())
-    variances = [np.var([1, 0, 0]), 0, np.var([0, 0, 1, 0]), np.var([0.5, 0, 1, 0])]
+    variances = [float(np.var(r)) for r in ([1, 0, 0], [1] * 4, [0, 0, 1, 0], [0.5, 0, 1, 0])]
     assert metrics["reward/within_group_variance/verifier"] == pytest.approx(np.mean(variances))
 
 

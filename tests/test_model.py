@@ -210,7 +210,9 @@ def test_attention_by_blocks_is_attention(monkeypatch, block):
 
     def in_blocks_of(size: int):
         def run(qkv):
-            out = tree_attention(*qkv, jnp.asarray(groups_RT), jnp.asarray(branches_RT)) * used_RT11
+            q_RTNH, k_RTKH, v_RTKH = qkv
+            tree = jnp.asarray(groups_RT), jnp.asarray(branches_RT)
+            out = tree_attention(q_RTNH, k_RTKH, v_RTKH, *tree) * used_RT11
             return jnp.sum(jnp.sin(out)), out
 
         monkeypatch.setattr(decoder, "_BLOCK", size)

@@ -29,6 +29,7 @@ from grpo.config import OptimConfig
 from grpo.policy import Policy
 from grpo.structs import Batch, Totals, TrainState
 from grpo.update import (
+    Objective,
     Update,
     decayed_params,
     init_state,
@@ -80,7 +81,7 @@ def both(
     )
 
 
-LOSSES = {"both": both, "gspo": GSPO}
+LOSSES: dict[str, Objective] = {"both": both, "gspo": GSPO}
 SAMPLES = ragged_samples()
 SHAPE = RowShape(rows=8, tokens=24, completion_tokens=20)  # holds them all
 SMALL = RowShape(rows=2, tokens=30, completion_tokens=24)  # makes several microbatches
