@@ -116,17 +116,12 @@ def packed(samples: Sequence[Sample] = SAMPLES, shape: RowShape = SHAPE) -> list
     return pack(samples, shape).microbatches
 
 
-def sums(
-    microbatches: Sequence[Batch],
-    name: str = "1",
-    which: str = "both",
-    counted: Sequence[Sample] = SAMPLES,
-) -> Any:
+def sums(microbatches: Sequence[Batch], name: str = "1", which: str = "both") -> Any:
     """Loss, metrics and gradients, on a mesh."""
     mesh = policy(name).mesh
     with jax.set_mesh(mesh):
         placed = [to_device(batch, mesh) for batch in microbatches]
-        out = update_on(name, which).sums(params(name), placed, totals(counted))
+        out = update_on(name, which).sums(params(name), placed, totals(SAMPLES))
     return jax.tree.map(np.asarray, out)
 
 
