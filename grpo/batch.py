@@ -116,7 +116,7 @@ def row_shape(
 
 def totals(samples: Sequence[Sample]) -> Totals:
     """What the loss over these samples is divided by."""
-    lengths = [len(sample.completion) for sample in samples if sample.trains]
+    lengths = [len(s.completion) for s in samples if s.trains and s.completion]
     return Totals(tokens=np.float32(sum(lengths)), sequences=np.float32(len(lengths)))
 
 

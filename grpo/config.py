@@ -398,8 +398,9 @@ _POSITIVE = """
 """.split()
 _NOT_NEGATIVE = """
     seed num_steps sample.slots_per_prompt sample.tail_slots sample.draft_tokens algo.clip_high
-    algo.kl_coef algo.ref_every algo.entropy_coef algo.dynamic_rounds algo.overlong_buffer_tokens algo.overlong_penalty optim.learning_rate
-    optim.warmup_updates optim.weight_decay reward.gold_check sft.num_steps sft.learning_rate
+    algo.kl_coef algo.ref_every algo.entropy_coef algo.dynamic_rounds
+    algo.overlong_buffer_tokens algo.overlong_penalty optim.learning_rate optim.warmup_updates
+    optim.weight_decay reward.gold_check sft.num_steps sft.learning_rate
     sft.warmup_updates eval.every log.rollouts_every
 """.split()
 _SHARES = """
@@ -431,8 +432,9 @@ def validate(config: Config) -> None:
     rows = algo.problems_per_step * algo.group_size
     product = f"problems_per_step ({algo.problems_per_step}) x group_size ({algo.group_size})"
     _need(
-        rows % algo.minibatches == 0,
-        f"{product} = {rows} rows cannot be split into {algo.minibatches} equal minibatches",
+        algo.problems_per_step % algo.minibatches == 0,
+        f"{product} = {rows} rows cannot be split into {algo.minibatches} equal minibatches of "
+        "whole groups",
     )
     _validate_algorithm(config)
     _need(bool(reward.functions), "reward.functions is empty: there is nothing to learn from")

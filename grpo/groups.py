@@ -30,7 +30,7 @@ def fill_groups(ask: Ask, wanted: int, rounds: int) -> tuple[Rollout, Scores, di
       rounds: most further draws; 0 takes the first draw as it is.
 
     Returns:
-      The groups, their scores, and the last round's metrics with `groups/...` added:
+      The groups, their scores, and the first round's metrics, times of all rounds added up, with
       `groups/asked` (problems drawn), `groups/useful_share` of them, `groups/all_right` and
       `groups/all_wrong` (shares of flat groups at the highest and at a lower reward) and
       `groups/signal` (useful ones among those kept).
@@ -105,7 +105,7 @@ def _joined(found: Sequence[tuple[Rollout, Scores]]) -> tuple[Rollout, Scores]:
             valid_PG=np.concatenate([s.valid_PG for s in scores]),
             components={n: np.concatenate([s.components[n] for s in scores]) for n in names},
             weights=scores[0].weights,
-            statuses={n: [x for s in scores for x in s.statuses[n]] for n in names},
+            statuses={n: [x for s in scores for x in s.statuses[n]] for n in scores[0].statuses},
         ),
     )
 

@@ -96,11 +96,8 @@ def _with_logprobs(run: Run, params: Params, samples: Sequence[Sample], name: st
 
 def _kl_PG(samples: Sequence[Sample], G: int) -> np.ndarray:
     """Sum over each completion of log pi_old - log pi_ref, nats, by the sampler's log-probs."""
-    nats = []
-    for sample in samples:
-        assert sample.sampler_logprobs is not None and sample.ref_logprobs is not None
-        nats.append(float((sample.sampler_logprobs - sample.ref_logprobs).sum()))
-    return np.array(nats).reshape(-1, G)
+    nats = [np.asarray(s.sampler_logprobs) - np.asarray(s.ref_logprobs) for s in samples]
+    return np.array([float(gaps.sum()) for gaps in nats]).reshape(-1, G)
 
 
 def _update(

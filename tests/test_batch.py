@@ -1,148 +1,277 @@
-"""Rows of the update: what stands where, and what trains."""
+"""Packed rows: what stands where, what trains, and that nothing is lost, split or overfilled."""
+
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
-from toy_model import mesh_of
+from toy_model import MAX_NEW, MAX_PROMPT, mesh_of, ragged_samples
 
-from grpo.batch import make_batch, make_rows, minibatches, to_device
-from grpo.structs import Batch, Completion, Rollout
-from rewards.api import Problem
-
-PROMPTS = [[5, 6, 7], [8], [5, 6, 7, 9]]
-COMPLETIONS = [[1, 2], [3, 0, 0, 31], [4]]  # id 0 is also what rows are padded with
-
-
-def rows() -> Batch:
-    return make_rows(PROMPTS, COMPLETIONS, max_prompt=4, max_new=5)
-
-
-def test_a_row_is_prompt_completion_padding():
-    batch = rows()
-    assert batch.tokens_RT.tolist() == [
-        [5, 6, 7, 1, 2, 0, 0, 0, 0],
-        [8, 3, 0, 0, 31, 0, 0, 0, 0],
-        [5, 6, 7, 9, 4, 0, 0, 0, 0],
-    ]
-    assert batch.segments_RT.tolist() == [
-        [1, 1, 1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 1, 0, 0, 0, 0],
-    ]
-    assert batch.positions_RT.tolist() == [list(range(9))] * 3
+from grpo.batch import (
+    Packed,
+    RowShape,
+    Sample,
+    minibatches,
+    pack,
+    row_shape,
+    to_device,
+    totals,
+    unpack,
+)
+from grpo.structs import Batch
 
 
-def test_masks_come_from_lengths():
-    """A sampled id that equals the padding is a token like any other."""
-    batch = rows()
-    assert batch.mask_RC.sum(axis=1).tolist() == [2, 4, 1]
-    assert batch.mask_RC[1].tolist() == [True, True, True, True, False]
+def nats(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
 
 
-def test_targets_point_at_the_completion():
-    batch = rows()
-    for row, completion in enumerate(COMPLETIONS):
-        slots = batch.targets_RC[row][batch.mask_RC[row]]
-        assert batch.tokens_RT[row][slots].tolist() == completion
-    assert (batch.targets_RC[~batch.mask_RC] == 0).all()
+# Two groups. Id 0 is also what rows are padded with.
+SAMPLES = [
+    Sample(7, [5, 6, 7], [1, 2], advantage=0.5, sampler_logprobs=nats(-1, -2)),
+    Sample(7, [5, 6, 7], [3, 0, 0], advantage=-0.5, sampler_logprobs=nats(-3, -4, -5)),
+    Sample(2, [8], [4, 31], trains=False, advantage=2.0, old_logprobs=nats(-6, -7)),
+]
+SHAPE = RowShape(rows=1, tokens=12, completion_tokens=8)
+
+
+def rows_of(packed: Packed) -> Batch:
+    """All microbatches under one another."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *packed.microbatches)
+
+
+# ---- what stands where -----------------------------------------------------------------------
+
+
+def test_a_row_is_prompts_each_followed_by_its_completions():
+    packed = pack(SAMPLES, SHAPE)
+    row = jax.tree.map(lambda a: a[0].tolist(), rows_of(packed))
+    assert row.tokens_RT == [5, 6, 7, 3, 0, 0, 1, 2, 8, 4, 31, 0]  # the longest of a group first
+    assert row.positions_RT == [0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 2, 0]
+    assert row.groups_RT == [1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 0]
+    assert row.branches_RT == [0, 0, 0, 1, 1, 1, 2, 2, 0, 3, 3, 0]
+    assert row.targets_RC == [3, 0, 0, 1, 2, 4, 31, 0]
+    assert row.contexts_RC == [2, 3, 4, 2, 6, 8, 9, 0]  # the first token follows the prompt
+    assert row.sequences_RC == [0, 0, 0, 1, 1, 2, 2, 0]
+    assert row.mask_RC == [True] * 5 + [False] * 3
+    assert row.advantage_RC == [-0.5] * 3 + [0.5] * 2 + [2.0] * 2 + [0]
+    assert row.sampler_logprobs_RC == [-3, -4, -5, -1, -2, 0, 0, 0]
+    assert row.old_logprobs_RC == [0, 0, 0, 0, 0, -6, -7, 0]
+    assert packed.places == [(0, 3), (0, 0), (0, 5)]
 
 
 def test_dtypes_are_what_the_update_is_compiled_for():
-    kinds = {name: getattr(rows(), name).dtype.name for name in Batch.__dataclass_fields__}
-    assert kinds == {
-        "tokens_RT": "int32",
-        "positions_RT": "int32",
-        "segments_RT": "int32",
-        "targets_RC": "int32",
-        "mask_RC": "bool",
-        "advantage_RC": "float32",
-        "old_logprobs_RC": "float32",
-        "sampler_logprobs_RC": "float32",
-        "ref_logprobs_RC": "float32",
-    }
+    """They do not depend on what the samples hold."""
+    wanted = dict.fromkeys(Batch.__dataclass_fields__, "int32") | {"mask_RC": "bool"}
+    floats = ("advantage", "old_logprobs", "sampler_logprobs", "ref_logprobs")
+    wanted |= {f"{name}_RC": "float32" for name in floats}
+    for samples in (SAMPLES, []):
+        for batch in pack(samples, SHAPE).microbatches:
+            assert {name: getattr(batch, name).dtype.name for name in wanted} == wanted
 
 
-def test_rows_that_do_not_fit_are_an_error():
-    with pytest.raises(ValueError):
-        make_rows([[1, 2]], [[3, 4, 5]], max_prompt=2, max_new=2)
+def test_nothing_to_pack_is_one_microbatch_of_padding():
+    packed = pack([], RowShape(rows=4, tokens=6, completion_tokens=3))
+    assert len(packed.microbatches) == 1 and packed.places == []
+    assert packed.microbatches[0].tokens_RT.shape == (4, 6)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(packed.microbatches[0]))
 
 
-def rollout() -> Rollout:
-    """Two problems, two completions each, of lengths 1, 2, 3, 2."""
-    written = [(0, 0, (1,)), (0, 1, (2, 3)), (1, 0, (4, 5, 6)), (1, 1, (7, 31))]
-    return Rollout(
-        problems=[Problem(uid=uid, prompt=uid, reference="") for uid in "pq"],
-        prompts=[[10, 11], [12]],
-        completions=[
-            Completion(p, g, tokens, -np.arange(1, len(tokens) + 1, dtype=np.float32), "eos")
-            for p, g, tokens in written
-        ],
-        group_size=2,
+@pytest.mark.parametrize("tokens, completion_tokens", [(4, 3), (6, 2)])
+def test_a_sample_longer_than_a_row_is_an_error(tokens, completion_tokens):
+    message = rf"prompt of 3 .* of 3 .* {tokens} slots, {completion_tokens} for completions"
+    with pytest.raises(ValueError, match=message):
+        pack(SAMPLES[1:2], RowShape(1, tokens, completion_tokens))
+
+
+def test_a_minibatch_counts_what_trains():
+    assert totals(SAMPLES) == (5, 2)
+    assert totals([*SAMPLES, dataclasses.replace(SAMPLES[0], completion=[])]) == (5, 2)
+    assert totals([]) == (0, 0)
+
+
+# ---- packing, of anything --------------------------------------------------------------------
+
+SHAPES = [
+    RowShape(rows=4, tokens=MAX_PROMPT + MAX_NEW, completion_tokens=MAX_NEW),
+    RowShape(rows=3, tokens=30, completion_tokens=20),
+    RowShape(rows=1, tokens=60, completion_tokens=13),  # completion slots run out first
+    RowShape(rows=2, tokens=400, completion_tokens=300),  # everything in one row
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_completion_stands_whole_behind_its_prompt(shape, seed):
+    samples = ragged_samples(seed=seed)
+    packed = pack(samples, shape)
+    rows = rows_of(packed)
+    assert rows.tokens_RT.shape == (len(packed.microbatches) * shape.rows, shape.tokens)
+    taken_RC, taken_RT = np.zeros(rows.mask_RC.shape, int), np.zeros(rows.tokens_RT.shape, int)
+    for sample, (row, start) in zip(samples, packed.places, strict=True):
+        there = slice(start, start + len(sample.completion))
+        branch = rows.sequences_RC[row, start] + 1
+        own = np.flatnonzero(rows.branches_RT[row] == branch)
+        group = rows.groups_RT[row, own[0]]
+        prompt = np.flatnonzero((rows.groups_RT[row] == group) & (rows.branches_RT[row] == 0))
+        assert rows.tokens_RT[row, own].tolist() == sample.completion
+        assert rows.tokens_RT[row, prompt].tolist() == sample.prompt
+        seen = [*prompt, *own]
+        assert sorted(seen) == seen and (rows.groups_RT[row, seen] == group).all()
+        assert rows.positions_RT[row, seen].tolist() == list(range(len(seen)))
+        assert rows.contexts_RC[row, there].tolist() == seen[len(prompt) - 1 : -1]
+        assert rows.targets_RC[row, there].tolist() == sample.completion
+        assert (rows.sequences_RC[row, there] == branch - 1).all()
+        assert (rows.advantage_RC[row, there] == np.float32(sample.advantage)).all()
+        assert (rows.mask_RC[row, there] == sample.trains).all()
+        taken_RC[row, there] += 1
+        taken_RT[row, own] += 1
+        taken_RT[row, prompt] = 1
+    assert taken_RC.max() == taken_RT.max() == 1  # no two completions share a slot
+    np.testing.assert_array_equal(taken_RT > 0, rows.groups_RT > 0)
+    assert not rows.mask_RC[taken_RC == 0].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unpack_is_the_inverse(shape):
+    samples = ragged_samples()
+    packed = pack(samples, shape)
+    rows = rows_of(packed)
+    for name in ("old_logprobs", "sampler_logprobs", "ref_logprobs"):
+        values = unpack(getattr(rows, f"{name}_RC"), packed, samples)
+        for sample, value in zip(samples, values, strict=True):
+            np.testing.assert_array_equal(value, getattr(sample, name))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_prompt_stands_once_in_a_row_and_opens_a_row_only_where_none_had_room(shape):
+    samples = ragged_samples()
+    packed = pack(samples, shape)
+    rows = rows_of(packed)
+    free_R = (rows.groups_RT == 0).sum(axis=1)
+    written_R = np.zeros(len(free_R), int)
+    first: dict[tuple[int, int], tuple[int, Sample]] = {}
+    for sample, (row, start) in zip(samples, packed.places, strict=True):
+        written_R[row] += len(sample.completion)
+        key = row, sample.group
+        first[key] = min(first.get(key, (start, sample)), (start, sample), key=lambda x: x[0])
+    for row, groups_T in enumerate(rows.groups_RT):
+        assert groups_T.max() == len([key for key in first if key[0] == row])
+    for (row, _), (_, sample) in first.items():
+        length = len(sample.completion)
+        full_R = free_R < len(sample.prompt) + length
+        assert (full_R | (shape.completion_tokens - written_R < length))[:row].all()
+
+
+def test_first_fit_by_hand():
+    def sample(group: int, prompt: int, length: int) -> Sample:
+        return Sample(group, [1] * prompt, [2] * length)
+
+    samples = [sample(1, 3, 2), sample(1, 3, 5), sample(1, 3, 3), sample(2, 2, 1), sample(2, 2, 4)]
+    packed = pack(samples, RowShape(rows=2, tokens=10, completion_tokens=9))
+    # Row 0: 3 + 5, then the 2. Row 1: 3 + 3. Row 2: 2 + 4, then the 1, which would have fitted
+    # into row 1 with a prompt of its own.
+    assert packed.places == [(0, 5), (0, 0), (1, 0), (2, 4), (2, 0)]
+    assert len(packed.microbatches) == 2
+
+
+def test_the_same_samples_always_give_the_same_rows():
+    one, other = (pack(ragged_samples(), SHAPES[1]) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, rows_of(one), rows_of(other))
+    assert one.places == other.places
+
+
+# ---- the shape of rows -----------------------------------------------------------------------
+
+NUMBERS = {
+    "max_prompt": 20,
+    "max_new": 100,
+    "group_size": 8,
+    "samples": 64,
+    "microbatch_tokens": 2000,
+    "ways": 4,
+    "attention_share": 1e-4,
+}
+
+
+def shape_of(**changes: float) -> RowShape:
+    return row_shape(**(NUMBERS | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("max_prompt", [1, 50, 400])
+@pytest.mark.parametrize("microbatch_tokens", [1, 300, 5000])
+@pytest.mark.parametrize("ways", [1, 8])
+@pytest.mark.parametrize("attention_share", [0.0, 1e-5, 1e-1])
+def test_a_microbatch_keeps_to_its_budget_and_divides_over_the_mesh(
+    max_prompt, microbatch_tokens, ways, attention_share
+):
+    shape = shape_of(
+        max_prompt=max_prompt,
+        microbatch_tokens=microbatch_tokens,
+        ways=ways,
+        attention_share=attention_share,
     )
+    assert shape.rows >= ways and shape.rows % ways == 0
+    k, rest = divmod(shape.completion_tokens, 100)
+    assert k >= 1 and rest == 0
+    assert shape.tokens == -(-k // 8) * max_prompt + shape.completion_tokens
+    one_row_a_device = shape.rows == ways and k == 1
+    assert shape.rows // ways * shape.tokens <= microbatch_tokens or one_row_a_device
+    longest = Sample(0, [1] * max_prompt, [1] * 100)
+    pack([longest] * 16, shape)  # anything the run can sample fits
 
 
-def test_make_batch_gives_each_row_its_own_advantage():
-    advantage_PG = np.array([[0.5, -0.5], [2.0, -2.0]], np.float32)
-    valid_PG = np.array([[True, True], [False, True]])
-    batch = make_batch(rollout(), advantage_PG, valid_PG, max_prompt=2, max_new=3)
-    assert batch.tokens_RT.tolist() == [
-        [10, 11, 1, 0, 0],
-        [10, 11, 2, 3, 0],
-        [12, 4, 5, 6, 0],
-        [12, 7, 31, 0, 0],
-    ]
-    # Row 2's verifier failed: it stays in the batch, and does not train.
-    assert batch.mask_RC.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 0]]
-    np.testing.assert_array_equal(
-        batch.advantage_RC, np.array([[0.5, 0, 0], [-0.5, -0.5, 0], [0, 0, 0], [-2, -2, 0]])
-    )
-    assert batch.advantage_RC.dtype == np.float32
-    assert batch.sampler_logprobs_RC.tolist() == [
-        [-1, 0, 0],
-        [-1, -2, 0],
-        [-1, -2, -3],
-        [-1, -2, 0],
-    ]
+def test_rows_are_long_to_share_prompts_and_short_where_attention_is_dear():
+    cheap, dear = shape_of(attention_share=0.0), shape_of(attention_share=1.0)
+    assert dear.completion_tokens == 100 < cheap.completion_tokens
+    long_prompt = {"max_prompt": 400, "attention_share": 1e-3}
+    assert shape_of(max_prompt=1, attention_share=1e-3).tokens < shape_of(**long_prompt).tokens
 
 
-def numbered(count: int) -> Batch:
-    """Rows that can be told apart: row i is full of i."""
-    batch = make_rows([[1]] * count, [[2]] * count, max_prompt=1, max_new=1)
-    return jax.tree.map(lambda a: np.broadcast_to(np.arange(count)[:, None], a.shape), batch)
+def test_there_are_no_more_rows_than_samples():
+    shape = shape_of(samples=3, microbatch_tokens=10**9, ways=1, attention_share=1.0)
+    assert shape == RowShape(rows=3, tokens=120, completion_tokens=100)
+    one = shape_of(samples=1, microbatch_tokens=10**9)
+    assert one == RowShape(rows=4, tokens=120, completion_tokens=100)
 
 
-def row_numbers(parts: list[Batch]) -> list[list[int]]:
-    return [part.tokens_RT[:, 0].tolist() for part in parts]
+# ---- minibatches -----------------------------------------------------------------------------
 
 
-def test_minibatches_are_a_permutation_that_moves_rows_whole():
-    parts = minibatches(numbered(12), 3, seed=0, step=0)
-    numbers = row_numbers(parts)
-    flat = [number for part in numbers for number in part]
-    assert [len(part) for part in numbers] == [4, 4, 4]
-    assert sorted(flat) == list(range(12)) != flat
+def numbers(parts: list[list[Sample]]) -> list[list[tuple[int, ...]]]:
+    return [[(s.group, *s.completion) for s in part] for part in parts]
+
+
+def test_minibatches_are_a_permutation_that_keeps_groups_whole():
+    samples = ragged_samples(groups=12)
+    parts = minibatches(samples, 3, seed=0, step=0)
+    assert [len(part) for part in parts] == [16, 16, 16]
+    groups = [sample.group for part in parts for sample in part[::4]]
+    assert sorted(groups) == list(range(12)) != groups
     for part in parts:
-        for leaf in jax.tree.leaves(part):
-            np.testing.assert_array_equal(leaf[:, 0], part.tokens_RT[:, 0])
+        for first in range(0, len(part), 4):
+            wanted = samples[4 * part[first].group : 4 * part[first].group + 4]
+            assert all(a is b for a, b in zip(part[first : first + 4], wanted, strict=True))
 
 
-def test_minibatches_depend_on_seed_and_step_alone():
-    def order(seed: int, step: int) -> list[list[int]]:
-        return row_numbers(minibatches(numbered(12), 3, seed, step))
+def test_minibatches_depend_on_seed_step_and_pass_alone():
+    samples = ragged_samples(groups=12)
 
-    assert order(0, 0) == order(0, 0)
-    assert order(0, 0) != order(0, 1)
-    assert order(0, 0) != order(1, 0)
+    def order(seed: int, step: int, number: int) -> list[list[tuple[int, ...]]]:
+        return numbers(minibatches(samples, 3, seed=seed, step=step, number=number))
 
-
-def test_one_minibatch_is_the_batch_as_it_was():
-    assert row_numbers(minibatches(numbered(12), 1, seed=0, step=0)) == [list(range(12))]
+    assert order(0, 0, 0) == order(0, 0, 0)
+    assert len({str(order(*key)) for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0))}) == 4
 
 
-@pytest.mark.parametrize("micro, shape", [(0, (1, 16)), (16, (1, 16)), (8, (2, 8))])
-def test_to_device_splits_rows_over_microbatches_then_devices(micro, shape):
-    batch = to_device(numbered(16), micro, mesh_of(data=4, fsdp=2))
-    assert batch.tokens_RT.shape == (*shape, 2) and batch.mask_RC.shape == (*shape, 1)
-    np.testing.assert_array_equal(batch.tokens_RT[..., 0].reshape(-1), np.arange(16))
-    pieces = {shard.data.shape for shard in batch.tokens_RT.addressable_shards}
-    assert pieces == {(shape[0], shape[1] // 8, 2)}
+def test_one_minibatch_is_the_samples_as_they_were():
+    samples = ragged_samples()
+    assert minibatches(samples, 1, seed=0, step=0, number=3) == [samples]
+
+
+def test_to_device_splits_rows_over_the_mesh():
+    [batch] = pack(SAMPLES, RowShape(rows=16, tokens=12, completion_tokens=8)).microbatches
+    batch = dataclasses.replace(batch, tokens_RT=np.arange(16)[:, None] * np.ones((1, 12), int))
+    placed = to_device(batch, mesh_of(data=4, fsdp=2))
+    np.testing.assert_array_equal(placed.tokens_RT, batch.tokens_RT)
+    for leaf in jax.tree.leaves(placed):
+        assert {piece.data.shape for piece in leaf.addressable_shards} == {(2, leaf.shape[1])}

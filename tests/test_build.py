@@ -1,8 +1,14 @@
-"""Which problems a run keeps."""
+"""What a run is made of: which problems it keeps, and what follows from the algorithm."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_experiment import get_config
 
-from grpo.build import _usable
+from grpo.batch import RowShape
+from grpo.build import Run, _usable, build
 from grpo.data.tokenizer import ByteTokenizer
 from rewards.api import Problem
 from rewards.math_answer import check_reference
@@ -30,3 +36,50 @@ def test_references_are_not_looked_at_unless_asked(capsys):
 def test_a_source_of_bad_references_only_is_refused():
     with pytest.raises(ValueError, match="none of the held-out problems is usable: 1 dropped"):
         _usable(ByteTokenizer(), PROBLEMS[2:], 20, check_reference, "held-out")
+
+
+# ---- what follows from the algorithm ---------------------------------------------------------
+
+
+def built(workdir: Path, **algo: Any) -> Run:
+    """The parts of the tiny run, its reward workers gone again."""
+    config = get_config()
+    for name, value in algo.items():
+        setattr(config.algo, name, value)
+    with ExitStack() as stack:
+        return build(config, workdir, stack, baseline=config)
+
+
+@pytest.mark.parametrize(
+    "algo, every_row, on_policy, keeps_reference",
+    [
+        ({}, False, True, False),
+        ({"passes": 2}, False, False, False),
+        ({"minibatches": 2}, False, False, False),
+        ({"kl_coef": 0.1}, True, True, False),
+        ({"kl_coef": 0.1, "ref_every": 2}, True, True, True),
+        ({"kl_coef": 0.1, "kl_in_reward": True}, False, True, False),
+        ({"entropy_coef": 0.1}, True, True, False),
+    ],
+)
+def test_what_is_computed_follows_from_the_algorithm(
+    tmp_path, algo, every_row, on_policy, keeps_reference
+):
+    """Completions without advantage only where they have a gradient; old log-probs likewise."""
+    run = built(tmp_path, **algo)
+    assert run.needs_every_row == every_row
+    assert run.schedule.on_policy == on_policy
+    assert (run.state_like.ref_params is not None) == keeps_reference
+    assert run.schedule.updates == 4 * algo.get("passes", 1) * algo.get("minibatches", 1)
+
+
+def test_rows_fit_the_budget_of_a_device_and_divide_over_the_mesh(tmp_path, capsys):
+    """Four ways of data: a row of two completions of 48 tokens and their prompt of 8 each."""
+    shape = RowShape(rows=4, tokens=104, completion_tokens=96)
+    assert built(tmp_path).schedule.row_shape == shape
+    assert "microbatches of 4 row(s) x 104 tokens" in capsys.readouterr().out
+
+
+def test_minibatches_are_of_whole_groups(tmp_path):
+    with pytest.raises(ValueError, match="16 rows cannot be split into 8 .* whole groups"):
+        built(tmp_path, minibatches=8)

@@ -12,7 +12,7 @@ import absl.flags
 import pytest
 from ml_collections import config_flags
 
-from grpo.data.order import problems_for_step
+from grpo.data.order import draw, problems_for_step
 from grpo.data.procedural import MaxOf
 from grpo.data.sources import (
     GymProblems,
@@ -334,3 +334,34 @@ def test_a_step_larger_than_the_source_is_explained():
         problems_for_step(4, 0, 6, seed=0)
     with pytest.raises(ValueError, match="seed >= 0"):
         problems_for_step(4, 0, 2, seed=-1)
+
+
+@pytest.mark.parametrize("length, count", [(10, 3), (12, 4), (5, 5), (7, 1)])
+def test_draws_of_one_size_are_the_steps(length, count):
+    cursor = 0
+    for step in range(3 * length):
+        drawn, cursor = draw(length, cursor, count, seed=3)
+        assert drawn == problems_for_step(length, step, count, seed=3)
+
+
+def test_draws_of_any_size_are_without_repetition_and_go_through_every_epoch():
+    """By hand, of 10 problems: 4 and 5 of the first epoch, whose last cannot fill the next 4."""
+    drawn, cursors = [], [0]
+    for count in (4, 5, 4, 6, 10):
+        some, cursor = draw(10, cursors[-1], count, seed=0)
+        assert len(set(some)) == len(some) == count
+        drawn.append(some)
+        cursors.append(cursor)
+    assert cursors == [0, 4, 9, 14, 20, 30]
+    first, second = drawn[0] + drawn[1], drawn[2] + drawn[3]
+    assert len(set(first)) == 9 and sorted(second) == sorted(drawn[4]) == list(range(10))
+    assert second != drawn[4]
+    assert draw(10, 0, 10, seed=1)[0] != draw(10, 0, 10, seed=0)[0]
+
+
+@pytest.mark.parametrize("numbers", [(4, 0, 0, 0), (4, -1, 2, 0), (4, 0, 2, -1)])
+def test_draws_out_of_range_are_refused(numbers):
+    with pytest.raises(ValueError, match="need count >= 1, cursor >= 0, seed >= 0"):
+        draw(*numbers)
+    with pytest.raises(ValueError, match="need step >= 0"):
+        problems_for_step(4, -1, 2, seed=0)

@@ -254,7 +254,7 @@ def test_guesses_are_what_followed_the_last_two_tokens():
     def guess(prompt: list[int], written: list[int]) -> list[int]:
         history_BC = np.full((1, 8), -1, np.int32)
         history_BC[0, : len(written)] = written
-        slots = Slots(
+        state: dict[str, Any] = dict(
             prompts=[],
             prompt_len_P=np.array([len(prompt) - 1]),
             prompt_PQ=np.array([prompt + [-1] * (6 - len(prompt))]),
@@ -265,7 +265,7 @@ def test_guesses_are_what_followed_the_last_two_tokens():
             key_B2=None,
             active_B=None,
         )
-        return _guess(jax.tree.map(jnp.asarray, slots), 2)[0].tolist()
+        return _guess(Slots(**jax.tree.map(jnp.asarray, state)), 2)[0].tolist()
 
     assert guess([1, 2, 3, 4], [9, 1, 2]) == [3, 4]  # from the prompt
     assert guess([1, 2, 3, 4], [1, 2, 7, 8, 1, 2]) == [7, 8]  # the completion comes first

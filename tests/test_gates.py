@@ -233,6 +233,7 @@ SCORES = Scores(
     reward_PG=np.ones((2, 2), np.float32),
     valid_PG=np.array([[True, True], [True, False]]),
     components={"told": np.ones((2, 2), np.float32)},
+    weights={"told": 1.0},
     statuses={"told": ["ok", "ok", "ok", "crash"]},
 )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy_model import ARCH, toy_params
 
-from grpo.batch import make_rows
+from grpo.batch import RowShape, Sample, pack
 from grpo.model.decoder import head, hidden_states
 from grpo.model.logprobs import chunked_logprobs, completion_logprobs
 
@@ -104,21 +104,35 @@ def test_the_whole_logits_are_never_held():
 
 
 def test_the_one_shift():
-    """Each completion token is judged by the logits one slot before it, and by no other."""
+    """Each completion token is judged by the logits of what precedes it, and by no others.
+
+    That is the slot before, but for a completion's first token: there it is the prompt's last one,
+    however many other completions of the prompt stand in between.
+    """
     params, temperature = toy_params(), 0.6
-    prompts, completions = [[3, 1, 4], [1], [5, 9, 2, 6]], [[5, 3], [5, 8, 9, 7, 31], [0, 0, 0]]
-    batch = make_rows(prompts, completions, max_prompt=4, max_new=5)
+    written = [(0, [3, 1, 4], [5, 3]), (0, [3, 1, 4], [0, 0, 0]), (1, [1], [5, 8, 9, 7, 31])]
+    samples = [Sample(*one) for one in written]
+    packed = pack(samples, RowShape(rows=1, tokens=16, completion_tokens=11))
+    [batch] = packed.microbatches
     form: dict[str, Any] = {"dtype": "float32", "remat": "none"}
     got_RC, entropy_RC = jax.jit(
         lambda p, b: completion_logprobs(p, ARCH, b, temperature=temperature, chunk=2, **form)
     )(params, batch)
+    T = 8
+    alone_RT = np.zeros((len(samples), T), np.int32)
+    for row, (_, prompt, completion) in enumerate(written):
+        alone_RT[row, : len(prompt) + len(completion)] = [*prompt, *completion]
+    positions_RT = np.broadcast_to(np.arange(T, dtype=np.int32), alone_RT.shape)
+    ones_RT = np.ones_like(alone_RT)
     hidden_RTD = jax.jit(lambda p, *row: hidden_states(p, ARCH, *row, **form))(
-        params, batch.tokens_RT, batch.positions_RT, batch.segments_RT
+        params, alone_RT, positions_RT, ones_RT, ones_RT
     )
     logits_RTV = np.asarray(hidden_RTD, np.float64) @ np.asarray(head(params)) / temperature
     logprobs_RTV = logits_RTV - np.log(np.exp(logits_RTV).sum(-1, keepdims=True))
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    for number, (_, prompt, completion) in enumerate(written):
+        row, start = packed.places[number]
         for i, token in enumerate(completion):
-            before_V = logprobs_RTV[row, len(prompt) + i - 1]
-            assert got_RC[row, i] == pytest.approx(before_V[token], abs=1e-5)
-            assert entropy_RC[row, i] == pytest.approx(-np.exp(before_V) @ before_V, abs=1e-5)
+            before_V = logprobs_RTV[number, len(prompt) + i - 1]
+            got, entropy = got_RC[row, start + i], entropy_RC[row, start + i]
+            assert got == pytest.approx(before_V[token], abs=1e-5)
+            assert entropy == pytest.approx(-np.exp(before_V) @ before_V, abs=1e-5)

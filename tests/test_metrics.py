@@ -37,6 +37,12 @@ def test_a_row_has_the_step_first_and_the_rest_sorted(tmp_path, no_tensorboard):
     assert line == '{"step": 0, "a": 2.0, "b": 0.5, "c": null, "d": null}\n'
 
 
+def test_a_histogram_is_a_list(tmp_path, no_tensorboard):
+    with MetricLog(tmp_path) as log:
+        log.log(3, {"a": [0, 0.5, math.nan], "b": jnp.array([1.0, 2.0])})
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 3, "a": [0, 0.5, None], "b": [1, 2]}]
+
+
 def test_a_missing_tensorboard_is_said_once_and_nothing_else_is_written(
     tmp_path, no_tensorboard, capsys
 ):
@@ -100,7 +106,7 @@ def test_tensorboard_events_are_purged_on_resume(tmp_path):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     with MetricLog(tmp_path, resume_step=0) as log:
-        log.log(0, {"a": 1.5, "nan": math.nan})
+        log.log(0, {"a": 1.5, "nan": math.nan, "histogram": [1.0, 2.0]})
     with MetricLog(tmp_path, resume_step=7) as log:
         log.log(7, {"a": 2.5})
     events = []

@@ -14,10 +14,23 @@ import pytest
 from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
 
 from grpo import fetch
-from grpo.batch import make_rows
+from grpo.batch import RowShape, Sample, pack, unpack
 from grpo.engine.engine import Engine, Request
+from grpo.model import decoder
 from grpo.model.arch import REMAT_CHOICES, Arch
-from grpo.model.decoder import decode_step, head, hidden_states, prefill, rotary, to_decode
+from grpo.model.decoder import (
+    decode_step,
+    empty_cache,
+    head,
+    hidden_states,
+    linear,
+    prefill,
+    rotary,
+    shared_prefix_attention,
+    to_decode,
+    tree_attention,
+    tree_mask,
+)
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params, init_params, map_table, num_params, param_table
 from grpo.model.weights import load_weights, read_arch
@@ -66,9 +79,11 @@ def slow_logits(params: Params, arch: Arch, tokens: list[int]) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnums=1, static_argnames=("dtype", "remat"))
-def logits(params, arch, tokens_RT, positions_RT, segments_RT, dtype="float32", remat="none"):
+def logits(
+    params, arch, tokens_RT, positions_RT, groups_RT, branches_RT, dtype="float32", remat="none"
+):
     hidden_RTD = hidden_states(
-        params, arch, tokens_RT, positions_RT, segments_RT, dtype=dtype, remat=remat
+        params, arch, tokens_RT, positions_RT, groups_RT, branches_RT, dtype=dtype, remat=remat
     )
     return hidden_RTD @ head(params).astype(dtype)
 
@@ -76,8 +91,8 @@ def logits(params, arch, tokens_RT, positions_RT, segments_RT, dtype="float32", 
 def plain_logits(params: Params, arch: Arch, tokens_RT: np.ndarray, **settings: str) -> np.ndarray:
     """Logits of rows without padding."""
     positions_RT = np.broadcast_to(np.arange(tokens_RT.shape[1], dtype=np.int32), tokens_RT.shape)
-    segments_RT = np.ones_like(tokens_RT)
-    return np.asarray(logits(params, arch, tokens_RT, positions_RT, segments_RT, **settings))
+    ones_RT = np.ones_like(tokens_RT)
+    return np.asarray(logits(params, arch, tokens_RT, positions_RT, ones_RT, ones_RT, **settings))
 
 
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -129,44 +144,147 @@ def test_a_later_token_changes_nothing_earlier():
 def test_padding_changes_nothing_whatever_it_holds():
     params = toy_params()
     expected = plain_logits(params, ARCH, TOKENS_RT[:, :6])
-    segments_RT = np.where(np.arange(9) < 6, 1, 0) * np.ones_like(TOKENS_RT)
+    groups_RT = np.where(np.arange(9) < 6, 1, 0) * np.ones_like(TOKENS_RT)
     positions_RT = np.broadcast_to(np.arange(9, dtype=np.int32), (3, 9))
     for padding in (0, 31):
-        padded_RT = np.where(segments_RT == 1, TOKENS_RT, padding)
-        got = np.asarray(logits(params, ARCH, padded_RT, positions_RT, segments_RT))
+        padded_RT = np.where(groups_RT == 1, TOKENS_RT, padding)
+        got = np.asarray(logits(params, ARCH, padded_RT, positions_RT, groups_RT, groups_RT))
         close(got[:, :6], expected)
         assert np.isfinite(got).all()  # padding itself must not breed NaNs: 0 * NaN is NaN
 
 
-def test_segments_of_a_row_do_not_see_each_other():
+def test_completions_of_a_row_see_their_prompt_and_not_each_other():
+    """Two prompts; the first has two completions, the second one."""
     params = toy_params()
-    first, second = TOKENS_RT[0, :4], TOKENS_RT[1, :3]
-    row = np.array([[*first, *second, 0, 0]], np.int32)
-    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 0]], np.int32)
-    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]], np.int32)
-    got = np.asarray(logits(params, ARCH, row, positions, segments))[0]
-    close(got[:4], slow_logits(params, ARCH, first.tolist()))
-    close(got[4:7], slow_logits(params, ARCH, second.tolist()))
+    prompt, other = TOKENS_RT[0, :2].tolist(), TOKENS_RT[1, :1].tolist()
+    first, second, third = [5, 6], [7], [8, 9]
+    row = np.array([[*prompt, *first, *second, *other, *third, 0]], np.int32)
+    positions = np.array([[0, 1, 2, 3, 2, 0, 1, 2, 0]], np.int32)
+    groups = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0]], np.int32)
+    branches = np.array([[0, 0, 1, 1, 2, 0, 3, 3, 0]], np.int32)
+    got = np.asarray(logits(params, ARCH, row, positions, groups, branches))[0]
+    close(got[[0, 1, 2, 3]], slow_logits(params, ARCH, [*prompt, *first]))
+    close(got[[0, 1, 4]], slow_logits(params, ARCH, [*prompt, *second]))
+    close(got[[5, 6, 7]], slow_logits(params, ARCH, [*other, *third]))
+
+
+def some_tree(T: int) -> tuple[np.ndarray, np.ndarray]:
+    """Groups and branches [2, T] of two rows: several of each, the second row half empty."""
+    rng = np.random.default_rng(0)
+    groups_RT, branches_RT = np.zeros((2, T), np.int32), np.zeros((2, T), np.int32)
+    for row, used in enumerate((T, T // 2)):
+        lengths = rng.integers(1, 5, T)
+        starts = np.minimum(np.cumsum(lengths), used)
+        group = branch = slot = 0
+        for piece, stop in enumerate(starts):
+            group += piece % 3 == 0  # a prompt, then two completions of it
+            branch += piece % 3 != 0
+            groups_RT[row, slot:stop] = group
+            branches_RT[row, slot:stop] = branch if piece % 3 else 0
+            slot = stop
+    return groups_RT, branches_RT
+
+
+@pytest.mark.parametrize("start, stop", [(0, 12), (5, 9), (11, 12)])
+def test_tree_mask_is_what_a_plain_loop_says(start, stop):
+    groups_RT, branches_RT = some_tree(12)
+    expected = np.zeros((2, stop - start, stop), bool)
+    for row in range(2):
+        for t in range(start, stop):
+            for s in range(t + 1):
+                own_group = groups_RT[row, t] == groups_RT[row, s] != 0
+                visible = branches_RT[row, s] in (0, branches_RT[row, t])
+                expected[row, t - start, s] = own_group and visible
+    got = tree_mask(jnp.asarray(groups_RT), jnp.asarray(branches_RT), start, stop)
+    np.testing.assert_array_equal(got, expected)
+    assert got.any() and not got.all()
+
+
+@pytest.mark.parametrize("block", [3, 4])
+def test_attention_by_blocks_is_attention(monkeypatch, block):
+    """Value and gradient; with a last block that is shorter, and without."""
+    T, N, K, H = 8, 4, 2, 3
+    rng = np.random.default_rng(0)
+    qkv = [jnp.asarray(rng.normal(size=(2, T, heads, H)), jnp.float32) for heads in (N, K, K)]
+    groups_RT, branches_RT = some_tree(T)
+    used_RT11 = (groups_RT > 0)[..., None, None]
+    assert decoder._BLOCK > T
+
+    def in_blocks_of(size: int):
+        def run(qkv):
+            q_RTNH, k_RTKH, v_RTKH = qkv
+            tree = jnp.asarray(groups_RT), jnp.asarray(branches_RT)
+            out = tree_attention(q_RTNH, k_RTKH, v_RTKH, *tree) * used_RT11
+            return jnp.sum(jnp.sin(out)), out
+
+        monkeypatch.setattr(decoder, "_BLOCK", size)
+        return jax.jit(jax.value_and_grad(run, has_aux=True))(qkv)
+
+    jax.tree.map(close, in_blocks_of(block), in_blocks_of(T))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_the_gradient_of_linear_is_that_of_einsum(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    x_BTD, weight_DF, slope_BTF = (
+        jnp.asarray(rng.normal(size=shape), dtype) for shape in ((3, 5, 8), (8, 6), (3, 5, 6))
+    )
+    out, pull = jax.vjp(linear, x_BTD, weight_DF)
+    plain, plain_pull = jax.vjp(lambda x, w: jnp.einsum("btd,df->btf", x, w), x_BTD, weight_DF)
+    np.testing.assert_array_equal(out, plain)
+    for got, expected in zip(pull(slope_BTF), plain_pull(slope_BTF), strict=True):
+        assert got.dtype == expected.dtype == dtype and got.shape == expected.shape
+        # Sums of up to 15 products of about 1.
+        np.testing.assert_allclose(
+            got.astype("f4"), expected.astype("f4"), rtol=tolerance, atol=4 * tolerance
+        )
 
 
 @pytest.mark.parametrize("arch", [ARCH, UNTIED], ids=["tied", "untied"])
 def test_decode_form_gives_the_logits_of_the_train_form(arch):
-    """Prompts of 2, 5 and 4 tokens side by side, then one token at a time, each where it stands."""
+    """Prompts of 2, 5 and 4 tokens side by side, then so many tokens at a time."""
     params, prompt_len_B, Q = toy_params(arch), np.array([2, 5, 4]), 5
     expected = plain_logits(params, arch, TOKENS_RT)
     weights = to_decode(params, arch, "float32")
     prompts_BQ = np.where(np.arange(Q) < prompt_len_B[:, None], TOKENS_RT[:, :Q], 13)
-    grow = ((0, 0), (0, TOKENS_RT.shape[1] - Q), (0, 0), (0, 0))
-    # Ones, not zeros: the part of the cache that is not written yet must not matter.
-    cache = [
-        (jnp.pad(k, grow, constant_values=1.0), jnp.pad(v, grow, constant_values=1.0))
-        for k, v in prefill(weights, arch, jnp.asarray(prompts_BQ))
-    ]
+    prompts = prefill(weights, arch, jnp.asarray(prompts_BQ))
     step = jax.jit(decode_step, static_argnums=1)
-    for ahead in range(4):
-        at_B = prompt_len_B - 1 + ahead
-        logits_BV, cache = step(weights, arch, cache, TOKENS_RT[np.arange(3), at_B], at_B)
-        close(logits_BV, expected[np.arange(3), at_B])
+    for width in (1, 2):
+        # Ones, not zeros: the part of the cache that is not written yet must not matter.
+        cache = jax.tree.map(jnp.ones_like, empty_cache(arch, 3, 4, "float32"))
+        for written in range(0, 4, width):
+            # The prompt's last token is the first that is fed, as the engine does.
+            at_BT = (prompt_len_B - 1 + written)[:, None] + np.arange(width)
+            tokens_BT = np.take_along_axis(TOKENS_RT, at_BT, axis=1)
+            logits_BTV, cache = step(
+                weights, arch, prompts, prompt_len_B - 1, cache, tokens_BT, np.full(3, written)
+            )
+            close(logits_BTV, np.take_along_axis(expected, at_BT[..., None], axis=1))
+
+
+def test_a_shared_prompt_is_as_good_as_copies():
+    """Two prompts, three sequences each, of different lengths: one softmax over both parts."""
+    rng = np.random.default_rng(0)
+    P, G, Q, S, T = 2, 3, 5, 4, 2
+    N, K, H = ARCH.num_heads, ARCH.num_kv_heads, ARCH.head_width
+
+    def random(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    q, prompt = random(P * G, T, N, H), (random(P, K, Q, H), random(P, K, Q, H))
+    own = random(P * G, K, S, H), random(P * G, K, S, H)
+    prompt_len_P, written_B = np.array([0, 4]), np.array([0, 1, 2, 2, 0, 1])
+    visible_BTS = np.arange(S) <= (written_B[:, None] + np.arange(T))[..., None]
+    got = shared_prefix_attention(q, prompt, prompt_len_P, own, visible_BTS)
+    for b, t, n in np.ndindex(P * G, T, N):
+        p, k = b // G, n // (N // K)
+        seen = visible_BTS[b, t]
+        keys = np.concatenate([prompt[0][p, k, : prompt_len_P[p]], own[0][b, k, seen]])
+        values = np.concatenate([prompt[1][p, k, : prompt_len_P[p]], own[1][b, k, seen]])
+        weight = np.exp(keys @ q[b, t, n] / np.sqrt(H))
+        np.testing.assert_allclose(
+            got[b, t, n], weight @ values / weight.sum(), rtol=1e-5, atol=1e-6
+        )
 
 
 # ---- memory, precision, beginnings -----------------------------------------------------------
@@ -179,7 +297,7 @@ def test_rematerialisation_changes_no_gradient():
         def loss(params: Params) -> jax.Array:
             positions_RT = jnp.broadcast_to(jnp.arange(9), TOKENS_RT.shape)
             ones_RT = jnp.ones_like(TOKENS_RT)
-            out = logits(params, ARCH, TOKENS_RT, positions_RT, ones_RT, remat=remat)
+            out = logits(params, ARCH, TOKENS_RT, positions_RT, ones_RT, ones_RT, remat=remat)
             return jnp.sum(jax.nn.log_softmax(out)[..., 0])
 
         return jax.jit(jax.grad(loss))(params)
@@ -270,13 +388,16 @@ def test_smollm2_gives_the_reference_implementations_values():
     )
     written = [[*case["prompt_ids"][1:], *case["greedy_ids"]] for case in cases]
     longest = max(map(len, written))
-    rows = make_rows(
-        [case["prompt_ids"][:1] for case in cases], written, max_prompt=1, max_new=longest
-    )
-    logprobs_RC = score(params, rows)
-    for case, tokens, logprobs_C in zip(cases, written, logprobs_RC, strict=True):
+    samples = [
+        Sample(number, case["prompt_ids"][:1], tokens)
+        for number, (case, tokens) in enumerate(zip(cases, written, strict=True))
+    ]
+    shape = RowShape(rows=2, tokens=2 * longest + 2, completion_tokens=2 * longest)
+    packed = pack(samples, shape)
+    logprobs_RC = np.concatenate([score(params, batch) for batch in packed.microbatches])
+    for case, logprobs in zip(cases, unpack(logprobs_RC, packed, samples), strict=True):
         expected = [*case["prompt_logprobs"], *case["greedy_logprobs"]]
-        np.testing.assert_allclose(logprobs_C[: len(tokens)], expected, rtol=0, atol=2e-4)
+        np.testing.assert_allclose(logprobs, expected, rtol=0, atol=2e-4)
 
     # Decode form: the logits of what follows the prompt.
     weights = jax.jit(partial(to_decode, arch=arch, dtype="float32"))(params)
@@ -285,11 +406,16 @@ def test_smollm2_gives_the_reference_implementations_values():
     for row, case in enumerate(cases):
         prompts_BQ[row, : prompt_len_B[row]] = case["prompt_ids"]
     last_B = jnp.asarray(prompts_BQ[np.arange(len(cases)), prompt_len_B - 1])
-    next_logits = jax.jit(
-        lambda weights, prompts_BQ: decode_step(
-            weights, arch, prefill(weights, arch, prompts_BQ), last_B, jnp.asarray(prompt_len_B - 1)
-        )[0]
-    )
+
+    @jax.jit
+    def next_logits(weights: Params, prompts_BQ: np.ndarray) -> jax.Array:
+        cache = empty_cache(arch, len(cases), 1, "float32")
+        nothing_B = jnp.zeros(len(cases), jnp.int32)
+        prompts, length_B = prefill(weights, arch, prompts_BQ), jnp.asarray(prompt_len_B - 1)
+        return decode_step(weights, arch, prompts, length_B, cache, last_B[:, None], nothing_B)[0][
+            :, 0
+        ]
+
     for case, logits_V in zip(cases, next_logits(weights, prompts_BQ), strict=True):
         top = np.asarray(logits_V)[case["top_ids"]]
         np.testing.assert_allclose(top, case["top_logits"], rtol=0, atol=2e-4)

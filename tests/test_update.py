@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,56 +12,84 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
-from toy_model import ARCH, mesh_of, policy_on, toy_params
+from toy_model import (
+    ARCH,
+    MAX_NEW,
+    MAX_PROMPT,
+    mesh_of,
+    one_a_row,
+    policy_on,
+    ragged_samples,
+    toy_params,
+)
 
-from grpo.batch import make_rows, to_device
+from grpo import loss
+from grpo.batch import RowShape, Sample, pack, to_device, totals, unpack
 from grpo.config import OptimConfig
-from grpo.loss import grpo_loss
 from grpo.policy import Policy
-from grpo.structs import Batch, TrainState
+from grpo.structs import Batch, Totals, TrainState
 from grpo.update import (
-    accumulate,
+    Objective,
+    Update,
     decayed_params,
     init_state,
     learning_rate,
     make_logprobs,
     make_optimizer,
-    make_update,
 )
 
-ROWS, MAX_PROMPT, MAX_NEW = 32, 4, 8
-LOSS = partial(grpo_loss, clip_low=0.2, clip_high=0.28, kl_coef=0.1, on_policy=False)
-MESHES = {
+MESHES: dict[str, dict[str, int]] = {
     "1": {},
     "data 8": {"data": 8},
     "fsdp 8": {"fsdp": 8},
     "fsdp 4 x tensor 2": {"fsdp": 4, "tensor": 2},
 }
+KEEPS_REFERENCE = "fsdp 4 x tensor 2"
+CLIPPED = partial(
+    loss.grpo_loss,
+    objective=partial(loss.clipped, clip_low=0.2, clip_high=0.28),
+    aggregate=loss.by_token,
+    correction=partial(loss.truncated, correction_cap=2.0),
+    kl=loss.k3,
+    kl_coef=0.1,
+    entropy_coef=0.01,
+    on_policy=False,
+)
+GSPO = partial(
+    loss.grpo_loss,
+    objective=partial(loss.gspo, clip_low=0.2, clip_high=0.28),
+    aggregate=loss.by_sequence,
+    correction=partial(loss.masked_sequences, correction_cap=2.0, sequence_gap_max=0.4),
+    kl=loss.k3,
+    kl_coef=0.0,
+    entropy_coef=0.0,
+    on_policy=False,
+)
+
+
+def both(
+    logprobs_RC: jax.Array, entropy_RC: jax.Array, batch: Batch, totals: Totals
+) -> tuple[jax.Array, Any, Any]:
+    """Every kind of term, by the token and by the completion, in one program to compile."""
+    values, means, maxima = zip(
+        *(one(logprobs_RC, entropy_RC, batch, totals) for one in (CLIPPED, GSPO)), strict=True
+    )
+    return (
+        values[0] + values[1],
+        means[0] | {f"{name} of gspo": mean for name, mean in means[1].items()},
+        maxima[0],
+    )
+
+
+LOSSES: dict[str, Objective] = {"both": both, "gspo": GSPO}
+SAMPLES = ragged_samples()
+SHAPE = RowShape(rows=8, tokens=24, completion_tokens=20)  # holds them all
+SMALL = RowShape(rows=2, tokens=30, completion_tokens=24)  # makes several microbatches
 
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
-
-def host_batch(max_prompt: int = MAX_PROMPT, max_new: int = MAX_NEW) -> Batch:
-    """Ragged rows, every one with its own advantage; numbers where the mask says none are read."""
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 30, rng.integers(1, MAX_PROMPT + 1)).tolist() for _ in range(ROWS)]
-    written = [rng.integers(0, 32, rng.integers(1, MAX_NEW + 1)).tolist() for _ in range(ROWS)]
-    rows = make_rows(prompts, written, max_prompt=max_prompt, max_new=max_new)
-
-    def random_RC(mean: float, spread: float) -> np.ndarray:
-        values = np.zeros(rows.mask_RC.shape, np.float32)
-        values[:, :MAX_NEW] = rng.normal(mean, spread, (ROWS, MAX_NEW))
-        return values
-
-    advantage_RC = np.where(rows.mask_RC, rng.normal(size=(ROWS, 1)), 0).astype(np.float32)
-    return dataclasses.replace(
-        rows,
-        advantage_RC=advantage_RC,
-        old_logprobs_RC=random_RC(-3.5, 0.5),
-        sampler_logprobs_RC=random_RC(-3.5, 0.5),
-        ref_logprobs_RC=random_RC(-3.5, 0.5),
-    )
+OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.1)
+SCHEDULE = learning_rate(OPTIM, 1e-2, 0, 10)
 
 
 @functools.cache
@@ -68,115 +97,141 @@ def policy(name: str = "1") -> Policy:
     return policy_on(mesh_of(**MESHES[name]))
 
 
+def optimizer_of(policy: Policy) -> optax.GradientTransformation:
+    return make_optimizer(OPTIM, SCHEDULE, decayed_params(policy))
+
+
 @functools.cache
-def gradient_program(name: str):
-    return jax.jit(partial(accumulate, policy(name).logprobs, LOSS))
+def update_on(name: str, which: str) -> Update:
+    return Update(
+        policy(name),
+        LOSSES[which],
+        optimizer_of(policy(name)),
+        SCHEDULE,
+        keep_reference=name == KEEPS_REFERENCE,
+    )
 
 
-def loss_and_gradients(name: str, batch: Batch, microbatches: int = 1) -> Any:
-    """Loss, metrics and gradients, on a mesh, rows in so many pieces."""
+def packed(samples: Sequence[Sample] = SAMPLES, shape: RowShape = SHAPE) -> list[Batch]:
+    return pack(samples, shape).microbatches
+
+
+def sums(microbatches: Sequence[Batch], name: str = "1", which: str = "both") -> Any:
+    """Loss, metrics and gradients, on a mesh."""
     mesh = policy(name).mesh
-    rows = batch.tokens_RT.shape[0]
     with jax.set_mesh(mesh):
-        on_mesh = to_device(batch, rows // microbatches, mesh)
-        out = gradient_program(name)(policy(name).initial_params(), on_mesh)
+        placed = [to_device(batch, mesh) for batch in microbatches]
+        out = update_on(name, which).sums(params(name), placed, totals(SAMPLES))
     return jax.tree.map(np.asarray, out)
+
+
+@functools.cache
+def params(name: str = "1") -> Any:
+    return policy(name).initial_params()
 
 
 @pytest.fixture(scope="module")
 def base() -> Any:
-    value, means, _, gradients = out = loss_and_gradients("1", host_batch())
-    assert abs(value) > 0.01 and int(means["policy/objective"].count) > 100
-    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(gradients))
+    """What everything is compared with: one row a completion, one device, one microbatch."""
+    out = sums([one_a_row(SAMPLES)])
+    assert abs(out.loss) > 0.01 and 100 < out.means["policy/objective"].count < 32 * MAX_NEW
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(out.grads))
+    for metric in ("policy/clip_fraction", "sampler/corrected_share"):
+        for mean in (out.means[metric], out.means[f"{metric} of gspo"]):
+            assert 0.05 < mean.total / mean.count < 0.95, metric
     return out
 
 
 # ---- invariance ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name, microbatches", [("data 8", 1), ("fsdp 8", 4), ("fsdp 4 x tensor 2", 1)]
-)
-def test_devices_and_microbatches_change_nothing(base, name, microbatches):
-    jax.tree.map(close, loss_and_gradients(name, host_batch(), microbatches), base)
+@pytest.mark.parametrize("name", MESHES)
+def test_packing_and_devices_change_nothing(base, name):
+    [batch] = packed()
+    # Prompts are shared, and groups share rows.
+    assert batch.branches_RT.max() >= 4 and batch.groups_RT.max() >= 2
+    jax.tree.map(close, sums([batch], name), base)
 
 
-def test_padding_changes_nothing(base):
-    jax.tree.map(close, loss_and_gradients("1", host_batch(2 * MAX_PROMPT, 2 * MAX_NEW)), base)
+def test_the_shape_of_rows_and_microbatches_changes_nothing(base):
+    microbatches = packed(shape=SMALL)
+    assert len(microbatches) == 4
+    jax.tree.map(close, sums(microbatches), base)
 
 
-def test_the_order_of_rows_changes_nothing(base):
-    order = np.random.default_rng(1).permutation(ROWS)
-    permuted = jax.tree.map(lambda a: a[order], host_batch())
-    jax.tree.map(close, loss_and_gradients("1", permuted), base)
+def test_the_order_of_samples_changes_nothing(base):
+    order = np.random.default_rng(1).permutation(len(SAMPLES))
+    permuted = packed([SAMPLES[i] for i in order], SMALL)
+    assert not np.array_equal(permuted[0].tokens_RT, packed(shape=SMALL)[0].tokens_RT)
+    jax.tree.map(close, sums(permuted), base)
 
 
-def packed(batch: Batch) -> Batch:
-    """Two sequences side by side in a row, nothing between them; the other rows are empty."""
-    length_R = (batch.segments_RT > 0).sum(axis=1)
-    T, C = 2 * (MAX_PROMPT + MAX_NEW), 2 * MAX_NEW
-
-    def empty(width: int, like: np.ndarray) -> np.ndarray:
-        return np.zeros((ROWS, width), like.dtype)
-
-    out = {
-        name: empty(T if name.endswith("T") else C, getattr(batch, name))
-        for name in Batch.__dataclass_fields__
-    }
-    for row in range(ROWS):
-        pair, second = divmod(row, 2)
-        start = length_R[row - 1] if second else 0
-        here = slice(start, start + length_R[row])
-        for name in ("tokens_RT", "positions_RT"):
-            out[name][pair, here] = getattr(batch, name)[row, : length_R[row]]
-        out["segments_RT"][pair, here] = 1 + second
-        columns = slice(second * MAX_NEW, (second + 1) * MAX_NEW)
-        for name in out:
-            if name.endswith("C"):
-                out[name][pair, columns] = getattr(batch, name)[row]
-        out["targets_RC"][pair, columns] += start
-    return Batch(**out)
+@pytest.mark.parametrize("last", [True, False])
+def test_a_microbatch_of_padding_contributes_nothing(base, last):
+    full, padding = packed(shape=SMALL), packed([], SMALL)
+    jax.tree.map(close, sums(full + padding if last else padding + full), base)
 
 
-def test_packing_changes_nothing(base):
-    jax.tree.map(close, loss_and_gradients("1", packed(host_batch())), base)
+def some_flat() -> list[Sample]:
+    """Every second group has no advantage, as where all rewards are equal."""
+    return [dataclasses.replace(s, advantage=s.advantage * (s.group % 2)) for s in SAMPLES]
 
 
-def test_logprobs_do_not_depend_on_microbatches():
+def test_leaving_out_completions_without_advantage_changes_nothing():
+    """Loss, gradients, and the parameters after: they are counted, but not computed."""
+    everything = some_flat()
+    working = [s for s in everything if s.trains and s.advantage]
+    assert 0 < len(working) < 0.6 * len(everything)
+    whole, part = (sums(packed(some), which="gspo") for some in (everything, working))
+    close(part.loss, whole.loss)
+    jax.tree.map(close, part.grads, whole.grads)
+    after = [
+        step("1", fresh_state("1"), some, "gspo", everything) for some in (everything, working)
+    ]
+    (state, report), (state_of_part, report_of_part) = after
+    near = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)  # Adam divides: see below
+    jax.tree.map(near, state.params, state_of_part.params)
+    for metric in ("policy/loss", "optim/grad_norm", "optim/param_change"):
+        assert float(report_of_part[metric]) == pytest.approx(float(report[metric]), rel=1e-4)
+
+
+def test_logprobs_do_not_depend_on_rows():
+    """What the reference and the old policy say of a token is the same packed and unpacked."""
     run = make_logprobs(policy())
     with jax.set_mesh(policy().mesh):
-        params = policy().initial_params()
-        whole, parts = (
-            run(params, to_device(host_batch(), rows, policy().mesh)) for rows in (ROWS, 8)
-        )
-    assert whole.shape == (1, ROWS, MAX_NEW) and parts.shape == (4, 8, MAX_NEW)
-    close(whole.reshape(ROWS, MAX_NEW), parts.reshape(ROWS, MAX_NEW))
+        plain_RC = np.asarray(run(params(), one_a_row(SAMPLES)))
+        together = pack(SAMPLES, SHAPE)
+        packed_RC = np.concatenate([run(params(), batch) for batch in together.microbatches])
+    for row_C, values, sample in zip(
+        plain_RC, unpack(packed_RC, together, SAMPLES), SAMPLES, strict=True
+    ):
+        close(values, row_C[: len(sample.completion)])
 
 
 # ---- the state -------------------------------------------------------------------------------
 
-OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.1)
-SCHEDULE = learning_rate(OPTIM, 1e-2, 0, 10)
-
-
-def optimizer_of(policy: Policy) -> optax.GradientTransformation:
-    return make_optimizer(OPTIM, SCHEDULE, decayed_params(policy))
-
-
-@functools.cache
-def update_program(name: str):
-    return make_update(policy(name), LOSS, optimizer_of(policy(name)), SCHEDULE)
-
 
 def fresh_state(name: str) -> TrainState:
     with jax.set_mesh(policy(name).mesh):
-        return init_state(policy(name), policy(name).initial_params(), optimizer_of(policy(name)))
+        return init_state(
+            policy(name),
+            policy(name).initial_params(),
+            optimizer_of(policy(name)),
+            keep_reference=name == KEEPS_REFERENCE,
+        )
 
 
-def step(name: str, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-    mesh: Mesh = policy(name).mesh
+def step(
+    name: str,
+    state: TrainState,
+    samples: Sequence[Sample] = SAMPLES,
+    which: str = "both",
+    counted: Sequence[Sample] | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
+    mesh = policy(name).mesh
     with jax.set_mesh(mesh):
-        return update_program(name)(state, to_device(batch, 0, mesh))
+        placed = [to_device(batch, mesh) for batch in packed(samples)]
+        return update_on(name, which)(state, placed, totals(counted or samples))
 
 
 def moments(state: TrainState) -> list[Any]:
@@ -193,7 +248,7 @@ def test_moments_lie_as_their_parameters_from_the_first():
     """Under Auto axes a plain jit(tx.init) replicates them: the model thrice on every device."""
     name = "fsdp 4 x tensor 2"
     state = fresh_state(name)
-    after, _ = step(name, fresh_state(name), host_batch())
+    after, _ = step(name, fresh_state(name))
     for some in (state, after):
         assert len(moments(some)) == 2
         for tree in (some.params, *moments(some)):
@@ -208,23 +263,23 @@ def _assert_placed(array: jax.Array, sharding: jax.sharding.Sharding) -> None:
 
 def test_the_update_is_the_same_on_any_mesh():
     """Adam divides by the root of the squared gradient, so small ones are compared with care."""
-    one, report = step("1", fresh_state("1"), host_batch())
-    many, report_many = step("fsdp 4 x tensor 2", fresh_state("fsdp 4 x tensor 2"), host_batch())
+    one, report = step("1", fresh_state("1"))
+    many, report_many = step("fsdp 4 x tensor 2", fresh_state("fsdp 4 x tensor 2"))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), one.params, many.params)
     assert report.keys() == report_many.keys()
     for key, value in report.items():
-        assert float(report_many[key]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), key
+        np.testing.assert_allclose(report_many[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
 
 
 def test_an_update_is_adamw_on_the_clipped_gradient(base):
     """One step by hand: with zero moments, Adam moves every weight by lr * g / (|g| + eps)."""
-    gradients = base[3]
+    gradients = base.grads
     norm = math.sqrt(
         sum(float((g.astype(np.float64) ** 2).sum()) for g in jax.tree.leaves(gradients))
     )
-    before, (after, report) = toy_params(), step("1", fresh_state("1"), host_batch())
+    before, (after, report) = toy_params(), step("1", fresh_state("1"))
     assert float(report["optim/grad_norm"]) == pytest.approx(norm, rel=1e-5)
-    assert float(report["policy/loss"]) == pytest.approx(float(base[0]), rel=1e-5)
+    assert float(report["policy/loss"]) == pytest.approx(float(base.loss), rel=1e-5)
     assert float(report["optim/learning_rate"]) == pytest.approx(1e-2)
     scale = min(1.0, OPTIM.clip_norm / norm)
     for name, decay in (("embed", 0.1), ("final_norm", 0.0)):
@@ -245,11 +300,8 @@ def test_weight_decay_leaves_norms_alone():
 
 @pytest.mark.parametrize("rubbish", [math.inf, math.nan])
 def test_a_number_that_is_not_finite_changes_nothing(rubbish):
-    good = host_batch()
-    advantage_RC = good.advantage_RC.copy()
-    advantage_RC[3, 0] = rubbish
-    bad = dataclasses.replace(good, advantage_RC=advantage_RC)
-    state, _ = step("1", fresh_state("1"), good)
+    bad = [*SAMPLES[:3], dataclasses.replace(SAMPLES[3], advantage=rubbish, trains=True)]
+    state, _ = step("1", fresh_state("1"))
     before = jax.tree.map(np.array, state)
     for count in (1, 2):
         state, report = step("1", state, bad)
@@ -257,27 +309,48 @@ def test_a_number_that_is_not_finite_changes_nothing(rubbish):
         assert float(report["optim/skipped"]) == 1
         jax.tree.map(np.testing.assert_array_equal, state.params, before.params)
         jax.tree.map(np.testing.assert_array_equal, state.opt_state, before.opt_state)
-    state, report = step("1", state, good)
+    state, report = step("1", state)
     assert (int(state.updates), int(state.bad_updates)) == (2, 0)
     assert float(report["optim/skipped"]) == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert not np.array_equal(state.params["embed"], before.params["embed"])
 
 
-def test_a_batch_without_trained_tokens_is_no_division_by_zero():
-    batch = host_batch()
-    nothing = dataclasses.replace(batch, mask_RC=np.zeros_like(batch.mask_RC))
-    state, report = step("1", fresh_state("1"), nothing)
+@pytest.mark.parametrize("samples", [[], [dataclasses.replace(SAMPLES[0], trains=False)]])
+def test_a_minibatch_without_trained_tokens_is_no_division_by_zero(samples):
+    state, report = step("1", fresh_state("1"), samples)
     assert float(report["policy/loss"]) == 0 and float(report["optim/grad_norm"]) == 0
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert float(report["optim/skipped"]) == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state, report)))
 
 
 def test_the_state_is_donated():
     """Its old buffers are gone: parameters and moments exist once, not twice."""
     state = fresh_state("1")
     old = jax.tree.leaves((state.params, state.opt_state))
-    step("1", state, host_batch())
+    step("1", state)
     assert all(leaf.is_deleted() for leaf in old)
+
+
+def test_the_reference_is_a_copy_that_updates_leave_alone():
+    name = KEEPS_REFERENCE
+    state, _ = step(name, fresh_state(name))
+    jax.tree.map(np.testing.assert_array_equal, state.ref_params, toy_params())
+    jax.tree.map(_assert_placed, state.ref_params, policy(name).shardings)
+    assert not np.array_equal(state.params["embed"], state.ref_params["embed"])
+    assert fresh_state("1").ref_params is None
+
+
+def test_every_number_of_microbatches_runs_the_same_three_programs():
+    update, state = update_on("1", "both"), fresh_state("1")
+    with jax.set_mesh(policy().mesh):
+        parts = [to_device(batch, policy().mesh) for batch in packed(shape=SMALL)]
+        state, _ = update(state, parts, totals(SAMPLES))
+        compiled = update.num_compiled()
+        for microbatches in (parts[:1], parts[:2], parts * 2):
+            state = state.replace(step=state.step + 1)
+            state, _ = update(state, microbatches, totals(SAMPLES))
+            assert update.num_compiled() == compiled
 
 
 # ---- the learning rate -----------------------------------------------------------------------
@@ -302,4 +375,5 @@ def test_learning_rate_at_hand_points(decay, warmup, end_share, expected):
 
 
 def test_toy_shapes_divide_the_meshes():
-    assert ARCH.width % 8 == 0 and ROWS % (8 * 4) == 0
+    assert ARCH.width % 8 == 0 and SHAPE.rows % 8 == 0
+    assert SHAPE.tokens >= MAX_PROMPT + MAX_NEW

@@ -52,7 +52,7 @@ def get_config() -> Config:
         reward=RewardConfig(
             functions=((1.0, even), (0.5, digits)), workers=1, gold_check=0, deadline_s=10.0
         ),
-        algo=AlgoConfig(problems_per_step=4, group_size=4, microbatch_tokens=256),
+        algo=AlgoConfig(problems_per_step=4, group_size=4, microbatch_tokens=104),
         optim=OptimConfig(learning_rate=1e-2),
         sft=SftConfig(num_steps=4, rows_per_step=8, warmup_updates=2, learning_rate=1e-2),
         eval=EvalConfig(every=2, num_problems=4, num_samples=4, answer_of=vote),

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from grpo.batch import TOKEN_VALUES, RowShape, Sample, pack
 from grpo.model.arch import Arch
 from grpo.model.decoder import to_decode
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params, ParamSpec, map_table, param_table
 from grpo.policy import Policy
 from grpo.sharding import MESH_AXES, param_shardings
+from grpo.structs import Batch
 
 ARCH = Arch(
     vocab_size=32,
@@ -96,3 +98,32 @@ def policy_on(mesh: Mesh, arch: Arch = ARCH, *, chunk: int = 4) -> Policy:
         for_decoding=jax.jit(partial(to_decode, arch=arch, dtype="float32")),
         logprobs=logprobs,
     )
+
+
+MAX_PROMPT, MAX_NEW = 4, 8
+
+
+def ragged_samples(groups: int = 8, group_size: int = 4, seed: int = 0) -> list[Sample]:
+    """Completions of all lengths, every token with numbers of its own; some do not train."""
+    rng = np.random.default_rng(seed)
+
+    def one(group: int, prompt: list[int]) -> Sample:
+        completion = rng.integers(0, 32, rng.integers(1, MAX_NEW + 1)).tolist()
+        return Sample(
+            group=group,
+            prompt=prompt,
+            completion=completion,
+            trains=bool(rng.random() < 0.9),
+            advantage=float(np.float32(rng.normal())),
+            **{n: rng.normal(-3.5, 0.5, len(completion)).astype("f4") for n in TOKEN_VALUES},
+        )
+
+    prompts = [rng.integers(0, 30, rng.integers(1, MAX_PROMPT + 1)).tolist() for _ in range(groups)]
+    return [one(group, prompt) for group, prompt in enumerate(prompts) for _ in range(group_size)]
+
+
+def one_a_row(samples: Sequence[Sample]) -> Batch:
+    """The plain form: a row is one prompt and one completion, whatever packing would do."""
+    shape = RowShape(rows=1, tokens=MAX_PROMPT + MAX_NEW, completion_tokens=MAX_NEW)
+    rows = [pack([sample], shape).microbatches[0] for sample in samples]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
