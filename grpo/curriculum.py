@@ -72,8 +72,10 @@ def choose(known: PassRates | None, considered: Sequence[int], count: int) -> li
     """
     if known is None:
         return list(considered[:count])
-    distance = np.abs(rate(known)[np.asarray(considered)] - np.float32(0.5))
-    nearest = np.sort(np.argsort(distance, kind="stable")[:count])
+    # |rate - 1/2|, in a form where always right and always wrong are equally far to the last bit.
+    away_U = np.abs(known.solved_U - known.asked_U / 2) / (known.asked_U + np.float32(_PRIOR))
+    order = np.argsort(away_U[np.asarray(considered)], kind="stable")
+    nearest = np.sort(order[:count])
     return [considered[i] for i in nearest]
 
 
@@ -91,11 +93,11 @@ def observed(known: PassRates, seen: Round) -> PassRates:
     back to one half, so that none is given up for good on an answer of long ago.
     """
     solved_U, asked_U = known.solved_U.copy(), known.asked_U.copy()
-    considered = np.asarray(seen.considered)
+    considered = np.asarray(seen.considered, int)
     solved_U[considered] *= np.float32(_KEEP)
     asked_U[considered] *= np.float32(_KEEP)
     judged_P = ~np.isnan(seen.share_P)
-    asked = np.asarray(seen.asked)[judged_P]
+    asked = np.asarray(seen.asked, int)[judged_P]
     solved_U[asked] += seen.share_P[judged_P]
     asked_U[asked] += 1
     return PassRates(solved_U, asked_U)

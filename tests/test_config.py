@@ -39,7 +39,8 @@ SURFACE = """
     config.model: source width mlp_width num_layers num_heads num_kv_heads compute_dtype remat
       logprob_chunk
     config.data: train held_out max_prompt_tokens check_reference
-    config.sample: temperature max_new_tokens slots slots_per_prompt tokens_per_dispatch stop_strings
+    config.sample: temperature max_new_tokens slots slots_per_prompt tokens_per_dispatch
+      stop_strings
     config.reward: functions workers deadline_s gold_format gold_check
     config.algo: problems_per_step group_size minibatches passes microbatch_tokens advantage
       objective aggregate correction clip_low clip_high dual_clip sapo_temperature_positive
