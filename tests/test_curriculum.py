@@ -159,7 +159,7 @@ def tiny(**changes: Any) -> Config:
     config.num_steps, config.sft.num_steps = 2, 0
     config.eval.every = 0
     config.sample.max_new_tokens = 8
-    config.model.num_layers = 1
+    config.model.num_layers, config.model.remat = 1, "none"
     config.data.train = DigitChain(min_terms=2, max_terms=2, size=8)  # each is met in every step
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 8, 1, 1
     config.algo.curriculum, config.algo.dynamic_rounds = 2, 1

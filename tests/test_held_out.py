@@ -209,7 +209,8 @@ def test_filters_restrict_what_is_sampled(toy, tmp_path):
     greedy, _ = toy.evaluate(tmp_path / "greedy", temperature=0.0)
     assert all(len(set(texts)) > 4 for texts in free)
     assert all(len(set(texts)) == 1 for texts in greedy)
-    narrow = [{"top_k": 1}, {"top_p": 1e-3}, {"min_p": 1.0}]  # each leaves the likeliest alone
+    # Each leaves the likeliest alone.
+    narrow: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 1e-3}, {"min_p": 1.0}]
     for number, changes in enumerate(narrow):
         assert toy.evaluate(tmp_path / str(number), **changes)[0] == greedy
     compiled = toy.num_compiled()

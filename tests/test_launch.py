@@ -89,6 +89,36 @@ def test_a_preset_sees_the_numbers_of_the_command_line(launch):
     assert config.algo.minibatches == 1  # two updates already
 
 
+@pytest.fixture
+def only_built(monkeypatch):
+    """A run ends where it would begin: everything has been checked by then."""
+
+    def begin(*_):
+        raise ValueError("it would begin")
+
+    monkeypatch.setattr("grpo.runinfo.write", begin)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--preset=dapo", "--config.sample.max_new_tokens=20", "--config.algo.clip_low=0.1"],
+        ["--preset=pass_at_k", "--config.algo.group_size=8"],  # pass_k: 4, of the baseline 2
+        ["--preset=r1_zero", "--config.algo.ref_every=2", "--config.algo.curriculum=3"],
+    ],
+)
+def test_what_a_preset_sets_is_used(launch, only_built, arguments):
+    assert launch(*arguments, command=train).startswith("error: it would begin")
+
+
+def test_samples_that_will_all_be_the_same_are_spoken_of(launch, only_built, capsys):
+    launch("--config.eval.temperature=0", command=train)
+    said = capsys.readouterr().out
+    assert "the 4 samples of a held-out problem will be the same text; eval.num_samples=1" in said
+    launch("--config.eval.temperature=0", "--config.eval.num_samples=1", command=train)
+    assert "the same text" not in capsys.readouterr().out
+
+
 def test_numbers_of_the_evaluation_may_be_set_or_left_to_the_run(launch):
     assert launch()[0].eval.temperature is None
     config, _, _ = launch("--config.eval.temperature=0.6", "--config.eval.top_p=0.95")
