@@ -13,6 +13,7 @@ import numpy as np
 from grpo import loss
 from grpo.batch import row_shape
 from grpo.config import Config, bind, check_all_read, track_reads, validate
+from grpo.curriculum import unseen
 from grpo.data.prompts import usable_indices
 from grpo.data.sources import ProblemSource, Slice
 from grpo.data.tokenizer import Tokenizer
@@ -116,6 +117,14 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
             f"algo.problems_per_step is {algo.problems_per_step}, but data.train has only "
             f"{len(problems)} usable problems"
         )
+    considered = algo.problems_per_step * max(algo.curriculum, 1)
+    if considered > len(problems):
+        raise ValueError(
+            f"algo.curriculum ({algo.curriculum}) x problems_per_step ({algo.problems_per_step}) "
+            f"= {considered} problems to choose from, but data.train has only {len(problems)} "
+            "usable ones; lower one of the two"
+        )
+    pass_rates = unseen(len(problems)) if algo.curriculum > 1 else None
     engine = Engine(
         policy.arch,
         policy.tokenizer,
@@ -139,6 +148,12 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
         source = config.sft.source or config.data.train
         sft = SftStage(config, policy, source, workdir / "sft")
     renewed = bool(algo.kl_coef and algo.ref_every)
+    state_like = abstract_state(policy, optimizer, keep_reference=renewed)
+
+    def new_state(params: Params) -> TrainState:
+        state = init_state(policy, params, optimizer, keep_reference=renewed)
+        return state.replace(pass_rates=pass_rates)
+
     run = Run(
         config=config,
         workdir=workdir,
@@ -149,8 +164,8 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
         scorer=scorer,
         evaluator=_evaluator(config, policy, engine, scorer) if config.eval.every else None,
         sft=sft,
-        state_like=abstract_state(policy, optimizer, keep_reference=renewed),
-        new_state=partial(init_state, policy, optimizer=optimizer, keep_reference=renewed),
+        state_like=state_like.replace(pass_rates=pass_rates),
+        new_state=new_state,
         advantage=bind(algo.advantage, algo),
         update=Update(
             policy,
@@ -187,7 +202,7 @@ def _read_what_the_loop_reads(config: Config) -> None:
     """Touches the fields that the loop itself looks at, always, while it runs."""
     _ = config.log.save_every, config.log.keep_checkpoints, config.log.rollouts_every
     algo = config.algo
-    _ = algo.passes, algo.mask_truncated, algo.kl_in_reward, algo.dynamic_rounds
+    _ = algo.passes, algo.mask_truncated, algo.kl_in_reward, algo.dynamic_rounds, algo.curriculum
     if algo.kl_coef:
         _ = algo.ref_every
     if algo.overlong_buffer_tokens:
@@ -203,7 +218,16 @@ def _evaluator(config: Config, policy: Policy, engine: Engine, scorer: Scorer) -
     first = Slice(source=config.data.held_out, start=0, stop=config.eval.num_problems)
     check = config.data.check_reference
     source = _usable(policy.tokenizer, first, engine.max_prompt, check, "held-out")
-    return Evaluator(engine, scorer, source, config.eval, config.sample.temperature, config.seed)
+    evaluator = Evaluator(
+        engine, scorer, source, config.eval, config.sample.temperature, config.seed
+    )
+    if evaluator.temperature == 0 and evaluator.num_samples > 1:
+        print(
+            f"eval.temperature is 0: the {evaluator.num_samples} samples of a held-out problem "
+            "will be the same text; eval.num_samples=1 measures as much",
+            flush=True,
+        )
+    return evaluator
 
 
 def _usable(

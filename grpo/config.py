@@ -201,6 +201,11 @@ class AlgoConfig(Section):
         "overlong_penalty points, linearly; 0: off",
     )
     overlong_penalty: float = doc(1.0, "points lost at max_new_tokens")
+    curriculum: int = doc(
+        0,
+        "problems considered for each one asked; those whose running pass rate is nearest to one "
+        "half are asked; 0 or 1: off",
+    )
 
 
 @dataclasses.dataclass
@@ -242,7 +247,13 @@ class EvalConfig(Section):
         0, "steps between evaluations, also before the first and after the last; 0: never"
     )
     num_problems: int = doc(64, "held-out problems, the first so many")
-    num_samples: int = doc(4, "completions a problem, at the run's temperature")
+    num_samples: int = doc(4, "completions a problem")
+    temperature: float | None = doc(
+        None, "None: the run's; 0 takes the likeliest token, where one sample is as good as many"
+    )
+    top_k: int = doc(0, "only this many likeliest tokens may be drawn; 0: all")
+    top_p: float = doc(1.0, "only the fewest likeliest tokens of so much probability; 1: all")
+    min_p: float = doc(0.0, "only tokens at least this share as likely as the likeliest; 0: all")
     answer_of: Callable[[str], str | None] | None = doc(
         None, "text -> final answer, for the majority vote; None leaves maj@k out"
     )
@@ -393,19 +404,20 @@ _POSITIVE = """
     model.num_heads model.num_kv_heads model.logprob_chunk optim.eps optim.clip_norm
     gates.max_bad_updates gates.max_gap_nats_mean gates.max_gap_nats_max gates.max_sampler_kl_nats
     gates.degenerate_steps gates.still_steps gates.max_param_change gates.max_kl_old_nats
-    sft.rows_per_step sft.microbatch_tokens eval.num_problems eval.num_samples log.save_every
-    log.keep_checkpoints
+    sft.rows_per_step sft.microbatch_tokens eval.num_problems eval.num_samples eval.top_p
+    log.save_every log.keep_checkpoints
 """.split()
 _NOT_NEGATIVE = """
     seed num_steps sample.slots_per_prompt sample.tail_slots sample.draft_tokens algo.clip_high
-    algo.kl_coef algo.ref_every algo.entropy_coef algo.dynamic_rounds
+    algo.kl_coef algo.ref_every algo.entropy_coef algo.dynamic_rounds algo.curriculum
     algo.overlong_buffer_tokens algo.overlong_penalty optim.learning_rate optim.warmup_updates
     optim.weight_decay reward.gold_check sft.num_steps sft.learning_rate
-    sft.warmup_updates eval.every log.rollouts_every
+    sft.warmup_updates eval.every eval.top_k log.rollouts_every
 """.split()
 _SHARES = """
     algo.clip_low optim.end_share optim.beta1 optim.beta2 gates.max_failure_rate
     gates.max_timeout_rate gates.max_repeated_share gates.max_zero_id_share gates.max_stuck_share
+    eval.top_p eval.min_p
 """.split()
 
 
@@ -462,6 +474,12 @@ def validate(config: Config) -> None:
     )
     if config.eval.every:
         _need(config.data.held_out is not None, "eval.every is set, but data.held_out is not")
+        warmth = config.eval.temperature
+        _need(
+            warmth is None or (warmth >= 0 and math.isfinite(warmth)),
+            f"eval.temperature is {warmth}; it must be a finite number, 0 (the likeliest token) or "
+            "more, or None (the run's)",
+        )
     if config.sft.num_steps:
         sft = config.sft
         _need(

@@ -496,7 +496,9 @@ def save_evidence(
 
 
 def _numbers(metrics: Metrics) -> Iterable[tuple[str, float]]:
-    return ((name, _value(metrics, name)) for name in sorted(metrics))
+    """By name; a histogram, which is a list, is not one."""
+    single = (name for name in sorted(metrics) if not isinstance(metrics[name], list))
+    return ((name, _value(metrics, name)) for name in single)
 
 
 def evidence_rows(

@@ -9,6 +9,7 @@ import numpy as np
 from grpo.config import EvalConfig
 from grpo.data.sources import ProblemSource
 from grpo.engine.engine import Engine
+from grpo.engine.sampling import Filters
 from grpo.estimators import bootstrap_interval, majority_correct, pass_at_k
 from grpo.metrics import JsonlWriter
 from grpo.model.params import Params
@@ -24,6 +25,9 @@ class Evaluator:
     """Samples the same held-out problems with the same random numbers, whenever it is asked.
 
     Two evaluations of one run are therefore paired: what changes is the policy.
+
+    Attributes:
+      temperature: the run's, which `config.temperature` may replace.
     """
 
     engine: Engine
@@ -36,6 +40,11 @@ class Evaluator:
     def __post_init__(self) -> None:
         self.num_samples = self.config.num_samples
         self.answer_of = self.config.answer_of
+        if self.config.temperature is not None:
+            self.temperature = self.config.temperature
+        # The likeliest token passes every filter: there they are not even read, so that one that
+        # is set is known to be idle.
+        self.filters = filters_of(self.config) if self.temperature else None
         count = min(self.config.num_problems, len(self.source))
         self.problems = [self.source[i] for i in range(count)]
 
@@ -50,6 +59,7 @@ class Evaluator:
             self.num_samples,
             key,
             temperature=self.temperature,
+            filters=self.filters,
         )
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +91,14 @@ class Evaluator:
                 ]
             )
         )
+
+
+def filters_of(config: EvalConfig) -> Filters | None:
+    """The tokens that an evaluation may draw; None where all may be."""
+    top_k, top_p, min_p = config.top_k, config.top_p, config.min_p
+    if top_k == 0 and top_p == 1 and min_p == 0:
+        return None
+    return Filters(np.int32(top_k), np.float32(top_p), np.float32(min_p))
 
 
 def held_out_metrics(solved_PG: np.ndarray) -> dict[str, float]:

@@ -1,19 +1,23 @@
 """Command line: `python -m grpo.launch --config=experiments/x.py --workdir=DIR`.
 
 Any field of the configuration can be set: `--config.algo.group_size=16`; `python -m grpo.config`
-lists them all. The same command goes on with a run that was stopped.
+lists them all. `--preset=dapo` puts a published algorithm (grpo/presets.py) in place of the
+experiment's; fields set on the command line win over it. The same command goes on with a run that
+was stopped.
 """
 
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+from ml_collections.config_flags import config_path
 
+from grpo import presets
 from grpo.config import Config, unknown_field
 from grpo.gates import GateError
 from grpo.scoring import RewardFailure
@@ -23,11 +27,15 @@ _EXPECTED = (ValueError, TypeError, OSError, RewardFailure, GateError, FloatingP
 
 
 def main(command: Callable[..., Any]) -> None:
-    """Parses flags and calls `command(config, workdir, baseline=the experiment unchanged)`."""
+    """Parses flags and calls `command(config, workdir, baseline=baseline)`.
+
+    The baseline is the experiment, with the preset if one is named, before any field was set.
+    """
     config_flag = config_flags.DEFINE_config_file("config", None, "experiment file")
     flags.FLAGS["config"].parser = experiment = _Experiment()
     flags.mark_flag_as_required("config")
     workdir = flags.DEFINE_string("workdir", None, "folder of this run", required=True)
+    preset = flags.DEFINE_enum("preset", None, presets.names(), "algorithm of a paper")
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -44,14 +52,37 @@ def main(command: Callable[..., Any]) -> None:
         verbose = flags.FLAGS.verbosity > 0
         if flags.FLAGS.verbosity == 0:  # what app.run makes of the default
             logging.set_verbosity(logging.WARNING)  # libraries tell every checkpoint's details
+        config, baseline = config_flag.value, experiment.baseline
+        if preset.value is not None:
+            assert baseline is not None  # --config is required
+            overrides = config_flags.get_override_values(flags.FLAGS["config"])
+            apply_preset(preset.value, config, baseline, overrides)
         try:
-            command(config_flag.value, Path(workdir.value), baseline=experiment.baseline)
+            command(config, Path(workdir.value), baseline=baseline)
         except _EXPECTED as error:
             if verbose:
                 raise
             sys.exit(f"error: {_message(error)}\n(--verbosity=1 shows where it was raised)")
 
     app.run(start, flags_parser=parse)
+
+
+def apply_preset(name: str, config: Config, baseline: Config, overrides: Mapping[str, Any]) -> None:
+    """Changes `config` and `baseline` as the preset does; in `config` the overrides win.
+
+    A preset that computes with numbers of the run (DAPO's buffer is a share of
+    `sample.max_new_tokens`) sees those of the command line, which `config` has already.
+
+    Args:
+      name: of the preset.
+      config: the experiment with its overrides.
+      baseline: the experiment without.
+      overrides: values by path, such as "algo.group_size".
+    """
+    presets.apply(config, name)
+    presets.apply(baseline, name)
+    for path, value in overrides.items():
+        config_path.set_value(path, config, value)
 
 
 class _Experiment(flags.ArgumentParser):

@@ -11,6 +11,7 @@ import numpy as np
 from grpo.data.prompts import encode_prompt
 from grpo.data.tokenizer import Tokenizer
 from grpo.engine.engine import Engine, Request
+from grpo.engine.sampling import Filters
 from grpo.model.params import Params
 from grpo.scoring import Scorer
 from grpo.structs import LENGTH, Completion, Rollout, Scores
@@ -26,8 +27,11 @@ def sample_and_score(
     key: jax.Array,
     *,
     temperature: float,
+    filters: Filters | None = None,
 ) -> tuple[Rollout, Scores, dict[str, float]]:
     """`group_size` completions of every problem, judged; each is judged while others decode.
+
+    `temperature` and `filters` are as in `Engine.run`.
 
     Returns:
       The rollout, its scores, and metrics (`rollout/...`, `time/...`).
@@ -40,7 +44,7 @@ def sample_and_score(
         for prompt, problem in zip(prompts, problems, strict=True)
     ]
     done: dict[tuple[int, int], tuple[Completion, Future[list[Score]]]] = {}
-    for completion in engine.run(weights, requests, key, temperature=temperature):
+    for completion in engine.run(weights, requests, key, temperature=temperature, filters=filters):
         text = tokenizer.decode(completion.tokens)
         facts = {"length_tokens": len(completion.tokens), "finish_reason": completion.finish}
         future = scorer.submit(text, problems[completion.problem], facts)

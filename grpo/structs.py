@@ -7,7 +7,7 @@ An array's name ends in its shape:
   S key/value slots      R rows of a batch           M microbatches
   V vocabulary           D model width               F MLP width
   N query heads          K key/value heads           H head width
-  L layers               E experts
+  L layers               E experts                   U problems of the run
 
 `Problem` and `Score` are in `rewards.api`, which stands without this package.
 """
@@ -137,6 +137,8 @@ class TrainState(struct.PyTreeNode):
       params: the train form, float32.
       opt_state: what optax keeps.
       ref_params: the reference policy, where it is renewed during the run (`algo.ref_every`).
+      pass_rates: `grpo.curriculum.PassRates`, on the host, where problems are chosen by them
+        (`algo.curriculum`).
     """
 
     step: Any
@@ -146,6 +148,7 @@ class TrainState(struct.PyTreeNode):
     params: Any
     opt_state: Any
     ref_params: Any = None
+    pass_rates: Any = None
 
 
 class Mean(NamedTuple):

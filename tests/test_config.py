@@ -46,11 +46,11 @@ SURFACE = """
       objective aggregate correction clip_low clip_high dual_clip sapo_temperature_positive
       sapo_temperature_negative correction_cap correction_low correction_high sequence_gap_max
       pass_k kl kl_coef kl_in_reward ref_every entropy_coef mask_truncated dynamic_rounds
-      overlong_buffer_tokens overlong_penalty
+      overlong_buffer_tokens overlong_penalty curriculum
     config.optim: learning_rate warmup_updates decay end_share beta1 beta2 eps weight_decay
       clip_norm
     config.sft: num_steps source rows_per_step microbatch_tokens learning_rate warmup_updates
-    config.eval: every num_problems num_samples answer_of
+    config.eval: every num_problems num_samples temperature top_k top_p min_p answer_of
     config.gates: max_bad_updates max_gap_nats_mean max_gap_nats_max max_sampler_kl_nats
       max_failure_rate max_timeout_rate max_repeated_share max_zero_id_share max_stuck_share
       degenerate_steps still_steps max_param_change max_kl_old_nats
@@ -125,6 +125,8 @@ def test_an_unknown_field_is_answered_with_those_that_exist():
         ("reward__functions", ((1.0, "numeric_answer"),)),
         ("data__train", 3),
         ("eval__answer_of", "tagged_answer"),
+        ("eval__temperature", "warm"),
+        ("eval__top_k", 1.0),
         ("model", Config().algo),
     ],
 )
@@ -189,6 +191,14 @@ def test_whole_numbers_are_fine_where_fractions_are():
             {"algo__overlong_buffer_tokens": 49},
             "overlong_buffer_tokens is 49, but .* sample.max_new_tokens = 48",
         ),
+        ({"algo__curriculum": -1}, "algo.curriculum is -1; it cannot be negative"),
+        ({"eval__temperature": -0.1}, "eval.temperature is -0.1; it must be a finite number, 0"),
+        ({"eval__temperature": math.inf}, "eval.temperature is inf; it must be a finite number"),
+        ({"eval__top_k": -1}, "eval.top_k is -1; it cannot be negative"),
+        ({"eval__top_p": 0.0}, "eval.top_p is 0.0; it must be positive"),
+        ({"eval__top_p": 1.1}, r"eval.top_p is 1.1; it must be in \[0, 1\]"),
+        ({"eval__min_p": -0.1}, "eval.min_p is -0.1; it cannot be negative"),
+        ({"eval__min_p": 1.1}, r"eval.min_p is 1.1; it must be in \[0, 1\]"),
         ({"algo__clip_low": 1.5}, r"algo.clip_low is 1.5; it must be in \[0, 1\]"),
         ({"algo__clip_high": -0.1}, "algo.clip_high is -0.1; it cannot be negative"),
         ({"algo__kl_coef": math.nan}, "algo.kl_coef is nan; it must be a finite number"),
@@ -226,6 +236,8 @@ def test_numbers_that_cannot_work_are_refused_with_the_sum(changes, message):
         {"sft__num_steps": 0, "sft__warmup_updates": 99},
         {"optim__learning_rate": 0.0},
         {"mesh__data": -1, "mesh__fsdp": 1},
+        {"eval__temperature": 0, "eval__num_samples": 1},
+        {"eval__top_k": 5, "eval__top_p": 0.9, "eval__min_p": 1},
         {"optim__warmup_updates": 8, "algo__passes": 2},
         {"algo__microbatch_tokens": 1},
         {"algo__dual_clip": 0.5, "algo__pass_k": 99},  # of functions that were not chosen

@@ -16,8 +16,8 @@ from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
 from grpo.batch import RowShape, Sample, pack
 from grpo.engine import engine as engine_module
 from grpo.engine.engine import Engine, Request, buckets, shared_slots
+from grpo.engine.placement import Queue
 from grpo.engine.programs import Slots, _guess
-from grpo.engine.queue import Queue
 from grpo.engine.sampling import inverse_cdf, sample_token
 from grpo.model.decoder import to_decode
 from grpo.model.logprobs import completion_logprobs
@@ -254,17 +254,17 @@ def test_guesses_are_what_followed_the_last_two_tokens():
     def guess(prompt: list[int], written: list[int]) -> list[int]:
         history_BC = np.full((1, 8), -1, np.int32)
         history_BC[0, : len(written)] = written
-        state: dict[str, Any] = dict(
-            prompts=[],
-            prompt_len_P=np.array([len(prompt) - 1]),
-            prompt_PQ=np.array([prompt + [-1] * (6 - len(prompt))]),
-            cache=[],
-            token_B=np.array([written[-1]]),
-            written_B=np.array([len(written)]),
-            history_BC=history_BC,
-            key_B2=None,
-            active_B=None,
-        )
+        state: dict[str, Any] = {
+            "prompts": [],
+            "prompt_len_P": np.array([len(prompt) - 1]),
+            "prompt_PQ": np.array([prompt + [-1] * (6 - len(prompt))]),
+            "cache": [],
+            "token_B": np.array([written[-1]]),
+            "written_B": np.array([len(written)]),
+            "history_BC": history_BC,
+            "key_B2": None,
+            "active_B": None,
+        }
         return _guess(Slots(**jax.tree.map(jnp.asarray, state)), 2)[0].tolist()
 
     assert guess([1, 2, 3, 4], [9, 1, 2]) == [3, 4]  # from the prompt

@@ -2,19 +2,27 @@
 
 import itertools
 import json
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
 
 from grpo.config import EvalConfig, RewardConfig
 from grpo.data.procedural import DigitChain
 from grpo.data.tokenizer import ByteTokenizer
-from grpo.held_out import Evaluator, held_out_metrics
+from grpo.engine.engine import Engine, EngineStats
+from grpo.held_out import Evaluator, filters_of, held_out_metrics
+from grpo.model.decoder import to_decode
+from grpo.model.params import decode_table
 from grpo.scoring import Scorer
+from grpo.sharding import DECODE_RULES, param_shardings
 from grpo.structs import LENGTH, Completion
+from rewards.api import Problem
 
 
 def test_pass_at_k_is_the_mean_over_problems():
@@ -42,9 +50,9 @@ class FakeEngine:
     tokenizer = ByteTokenizer()
 
     def __init__(self) -> None:
-        self.stats = SimpleNamespace(tokens=0, seconds=1.0, slot_steps=1)
+        self.stats = EngineStats()
 
-    def run(self, weights, requests, key, *, temperature):
+    def run(self, weights, requests, key, *, temperature, filters=None):
         for p, request in enumerate(requests):
             for g in range(request.num_samples):
                 own = jax.random.fold_in(jax.random.fold_in(key, request.stream), g)
@@ -117,3 +125,105 @@ def test_fewer_problems_than_asked_for_are_all_used(scorer):
     engine: Any = FakeEngine()
     source = DigitChain(size=3, held_out=True)
     assert Evaluator(engine, scorer, source, config, 1.0, 0)({"digits": 5}, 0)["eval/problems"] == 3
+
+
+# ---- Temperature and filters -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, None),
+        ({"top_k": 5}, (5, 1.0, 0.0)),
+        ({"top_p": 0.9}, (0, np.float32(0.9), 0.0)),
+        ({"min_p": 0.1, "top_k": 3}, (3, 1.0, np.float32(0.1))),
+    ],
+)
+def test_filters_are_made_only_where_one_is_on(changes, expected):
+    filters = filters_of(EvalConfig(**changes))
+    assert filters == expected
+    if filters is not None:  # of one type in every evaluation, or each would be compiled anew
+        assert [value.dtype for value in filters] == [np.int32, np.float32, np.float32]
+
+
+class Recorder(FakeEngine):
+    """Remembers what it was asked with."""
+
+    def run(self, weights, requests, key, *, temperature, filters=None):
+        self.asked = temperature, filters
+        return super().run(weights, requests, key, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, (0.7, None)),
+        ({"temperature": 0.2}, (0.2, None)),
+        ({"temperature": 0.0, "top_k": 2}, (0.0, None)),  # the likeliest passes every filter
+        ({"top_k": 2}, (0.7, (2, 1.0, 0.0))),
+    ],
+)
+def test_the_engine_gets_the_evaluations_own_numbers(scorer, changes, expected):
+    engine: Any = Recorder()
+    config = EvalConfig(num_problems=2, num_samples=2, **changes)
+    Evaluator(engine, scorer, DigitChain(size=2, held_out=True), config, 0.7, 0)({"digits": 5}, 0)
+    assert engine.asked == expected
+
+
+@pytest.fixture(scope="module")
+def toy(scorer):
+    """Evaluates the toy model as a config says; gives its completions, problem by problem."""
+    mesh = mesh_of()
+    shardings = param_shardings(decode_table(ARCH), mesh, DECODE_RULES)
+    with jax.set_mesh(mesh):
+        to_form = partial(to_decode, arch=ARCH, dtype="float32")
+        weights = jax.jit(to_form, out_shardings=shardings)(toy_params())
+        engine = Engine(
+            ARCH,
+            ToyTokenizer(),
+            mesh,
+            max_prompt=4,
+            max_new=8,
+            slots=8,
+            tokens_per_dispatch=8,
+            dtype="float32",
+        )
+    source = [Problem(uid=str(n), prompt=text) for n, text in enumerate(["abc", "zxy"])]
+
+    def evaluate(folder: Path, **changes: Any) -> tuple[list[list[str]], dict[str, float]]:
+        config = EvalConfig(num_problems=2, num_samples=8, **changes)
+        with jax.set_mesh(mesh):
+            report = Evaluator(engine, scorer, source, config, 1.0, 0)(weights, 0, folder)
+        lines = (folder / "step_000000.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["completion"] for line in lines]
+        return [texts[:8], texts[8:]], report
+
+    def num_compiled() -> int:
+        return engine.num_compiled()
+
+    return SimpleNamespace(evaluate=evaluate, num_compiled=num_compiled)
+
+
+def test_filters_restrict_what_is_sampled(toy, tmp_path):
+    free, _ = toy.evaluate(tmp_path / "free")
+    greedy, _ = toy.evaluate(tmp_path / "greedy", temperature=0.0)
+    assert all(len(set(texts)) > 4 for texts in free)
+    assert all(len(set(texts)) == 1 for texts in greedy)
+    # Each leaves the likeliest alone.
+    narrow: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 1e-3}, {"min_p": 1.0}]
+    for number, changes in enumerate(narrow):
+        assert toy.evaluate(tmp_path / str(number), **changes)[0] == greedy
+    compiled = toy.num_compiled()
+    pairs, _ = toy.evaluate(tmp_path / "pairs", top_k=2)
+    assert all(len(set(texts)) > 1 for texts in pairs)
+    assert all(len({text[:1] for text in texts}) <= 2 for texts in pairs)  # of two first tokens
+    assert any(len({text[:1] for text in texts}) > 2 for texts in free)
+    wide, _ = toy.evaluate(tmp_path / "wide", top_k=32, min_p=1e-9)
+    assert wide == free  # nothing is forbidden, and the random numbers are the same
+    assert toy.num_compiled() == compiled  # the numbers are arguments of one program
+
+
+def test_a_filtered_evaluation_is_paired_too(toy, tmp_path):
+    first = toy.evaluate(tmp_path / "a", top_p=0.8, temperature=0.5)
+    second = toy.evaluate(tmp_path / "b", top_p=0.8, temperature=0.5)
+    assert first[0] == second[0] and without_time(first[1]) == without_time(second[1])

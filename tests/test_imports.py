@@ -17,6 +17,7 @@ OURS = ("grpo", "rewards", "experiments", "tools")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "grpo.structs": (),
     "grpo.advantage": ("grpo.structs",),
+    "grpo.curriculum": (),
     "grpo.estimators": (),
     "grpo.fetch": (),
     "grpo.loss": ("grpo.structs",),

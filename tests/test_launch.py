@@ -9,6 +9,7 @@ import pytest
 from absl import logging
 from absl.testing import flagsaver
 
+from grpo import presets
 from grpo.config import Config
 from grpo.gates import GateError
 from grpo.launch import load_experiment, main
@@ -39,16 +40,92 @@ def launch(monkeypatch, tmp_path):
 def test_fields_are_set_and_the_baseline_keeps_what_the_file_says(launch, tmp_path):
     config, workdir, baseline = launch(
         "--config.algo.group_size=8",
-        "--config.algo.scale_by_std=false",
+        "--config.algo.mask_truncated=true",
         "--config.optim.learning_rate=3",
         "--config.sample.stop_strings=('a', 'b')",
         "--config.data.train.size=50",
     )
     assert workdir == tmp_path / "run"
     assert (config.algo.group_size, baseline.algo.group_size) == (8, 4)
-    assert (config.algo.scale_by_std, baseline.algo.scale_by_std) == (False, True)
+    assert (config.algo.mask_truncated, baseline.algo.mask_truncated) == (True, False)
     assert config.optim.learning_rate == 3.0 and config.sample.stop_strings == ("a", "b")
     assert (config.data.train.size, baseline.data.train.size) == (50, 40)
+
+
+# ---- Presets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_a_preset_changes_the_experiment_and_the_baseline_alike(launch, name):
+    config, _, baseline = launch(f"--preset={name}")
+    expected = load_experiment(str(TINY))()
+    presets.apply(expected, name)
+    assert config.algo == baseline.algo == expected.algo
+
+
+def test_without_a_preset_the_experiment_stands(launch):
+    config, _, _ = launch()
+    assert config.algo == load_experiment(str(TINY))().algo
+
+
+@pytest.mark.parametrize("preset_first", [True, False])
+def test_fields_set_on_the_command_line_win_over_the_preset(launch, preset_first):
+    fields = ["--config.algo.clip_high=0.5", "--config.algo.minibatches=1"]
+    fields += ["--config.algo.overlong_buffer_tokens=3", "--config.sample.stop_strings=('a',)"]
+    arguments = ["--preset=dapo", *fields] if preset_first else [*fields, "--preset=dapo"]
+    config, _, baseline = launch(*arguments)
+    algo = config.algo
+    assert (algo.clip_high, algo.minibatches, algo.overlong_buffer_tokens) == (0.5, 1, 3)
+    assert algo.dynamic_rounds == 9  # the rest is the preset's
+    assert config.sample.stop_strings == ("a",)
+    assert (baseline.algo.clip_high, baseline.algo.minibatches) == (0.28, 4)
+
+
+def test_a_preset_sees_the_numbers_of_the_command_line(launch):
+    config, _, baseline = launch("--preset=dapo", "--config.sample.max_new_tokens=20")
+    assert config.algo.overlong_buffer_tokens == 4  # a fifth
+    assert baseline.algo.overlong_buffer_tokens == 48 // 5
+    config, _, _ = launch("--preset=gspo", "--config.algo.passes=2")
+    assert config.algo.minibatches == 1  # two updates already
+
+
+@pytest.fixture
+def only_built(monkeypatch):
+    """A run ends where it would begin: everything has been checked by then."""
+
+    def begin(*_):
+        raise ValueError("it would begin")
+
+    monkeypatch.setattr("grpo.runinfo.write", begin)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--preset=dapo", "--config.sample.max_new_tokens=20", "--config.algo.clip_low=0.1"],
+        ["--preset=pass_at_k", "--config.algo.group_size=8"],  # pass_k: 4, of the baseline 2
+        ["--preset=r1_zero", "--config.algo.ref_every=2", "--config.algo.curriculum=3"],
+    ],
+)
+def test_what_a_preset_sets_is_used(launch, only_built, arguments):
+    assert launch(*arguments, command=train).startswith("error: it would begin")
+
+
+def test_samples_that_will_all_be_the_same_are_spoken_of(launch, only_built, capsys):
+    launch("--config.eval.temperature=0", command=train)
+    said = capsys.readouterr().out
+    assert "the 4 samples of a held-out problem will be the same text; eval.num_samples=1" in said
+    launch("--config.eval.temperature=0", "--config.eval.num_samples=1", command=train)
+    assert "the same text" not in capsys.readouterr().out
+
+
+def test_numbers_of_the_evaluation_may_be_set_or_left_to_the_run(launch):
+    assert launch()[0].eval.temperature is None
+    config, _, _ = launch("--config.eval.temperature=0.6", "--config.eval.top_p=0.95")
+    assert (config.eval.temperature, config.eval.top_p) == (0.6, 0.95)
+
+
+# ---- Mistakes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -56,9 +133,8 @@ def test_fields_are_set_and_the_baseline_keeps_what_the_file_says(launch, tmp_pa
     [
         (
             ["--config.algo.groupsize=4"],
-            "--config.algo.groupsize: AlgoConfig has no field 'groupsize'; it has ['clip_high', "
-            "'clip_low', 'group_size', 'kl_coef', 'microbatch_rows', 'minibatches', "
-            "'problems_per_step', 'scale_by_std']. Did you mean 'group_size'?",
+            "--config.algo.groupsize: AlgoConfig has no field 'groupsize'; it has ['advantage', "
+            "'aggregate', 'clip_high', 'clip_low',",
         ),
         (["--config.algos.group_size=4"], "Config has no field 'algos'; it has ['algo', 'data',"),
         (["--config.data.train.sizes=4"], "DigitChain has no field 'sizes'; it has"),
@@ -66,6 +142,12 @@ def test_fields_are_set_and_the_baseline_keeps_what_the_file_says(launch, tmp_pa
         (["--config.algo.group_size=abc"], "--config.algo.group_size=abc: invalid literal for int"),
         (["--config.algo.group_size=4.5"], "--config.algo.group_size=4.5: invalid literal for int"),
         (["--config.eval.answer_of=f"], "config.eval.answer_of is not supported for overriding"),
+        (
+            ["--preset=dappo"],
+            "flag --preset=dappo: value should be one of <grpo|r1_zero|dr_grpo|dapo|",
+        ),
+        (["--preset=dapo", "--config.algo.groupsize=4"], "AlgoConfig has no field 'groupsize'"),
+        (["--preset=dapo", "--config.algo.group_size=abc"], "invalid literal for int"),
         (["--confg.seed=1"], "Unknown command line flag 'confg.seed'"),
         (["seed=1"], "unexpected arguments ['seed=1']; fields are set by --config.x=y"),
     ],
@@ -87,14 +169,23 @@ def test_a_mistyped_command_line(launch, arguments, message):
         ),
         (["--config.algo.problems_per_step=48"], "data.train has only 40 usable problems"),
         (["--config.sft.rows_per_step=48"], "the cold start has only 40 worked problems"),
-        (["--config.sft.rows_per_step=6"], "microbatch of 6 rows cannot be split over data x fsdp"),
         (["--config.reward.gold_format={gold}!"], "config.reward.gold_format='{gold}!' (a right"),
         (
             ["--config.sft.num_steps=0", "--config.sft.learning_rate=1"],
             "config.sft.learning_rate=1.0 (peak",
         ),
         (["--config.optim.end_share=0.5"], "config.optim.end_share=0.5 (share of the peak"),
-        (["--config.algo.clip_high=0.3"], "config.algo.clip_high=0.3 (how far the ratio"),
+        (["--config.algo.dual_clip=4"], "config.algo.dual_clip=4.0 (loss.dual_clipped"),
+        (["--preset=rloo", "--config.algo.clip_high=0.3"], "config.algo.clip_high=0.3 (how far"),
+        (
+            ["--config.algo.curriculum=11"],
+            "algo.curriculum (11) x problems_per_step (4) = 44 problems to choose from, but "
+            "data.train has only 40",
+        ),
+        (
+            ["--config.eval.temperature=0", "--config.eval.top_k=4"],
+            "config.eval.top_k=4 (only this many likeliest",
+        ),
         (["--config.eval.every=0", "--config.eval.num_samples=8"], "config.eval.num_samples=8 ("),
         (["--config.model.source=/nowhere"], "/nowhere"),
     ],

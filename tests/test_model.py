@@ -275,7 +275,9 @@ def test_a_shared_prompt_is_as_good_as_copies():
     own = random(P * G, K, S, H), random(P * G, K, S, H)
     prompt_len_P, written_B = np.array([0, 4]), np.array([0, 1, 2, 2, 0, 1])
     visible_BTS = np.arange(S) <= (written_B[:, None] + np.arange(T))[..., None]
-    got = shared_prefix_attention(q, prompt, prompt_len_P, own, visible_BTS)
+    got = shared_prefix_attention(
+        *jax.tree.map(jnp.asarray, (q, prompt, prompt_len_P, own, visible_BTS))
+    )
     for b, t, n in np.ndindex(P * G, T, N):
         p, k = b // G, n // (N // K)
         seen = visible_BTS[b, t]
@@ -408,7 +410,7 @@ def test_smollm2_gives_the_reference_implementations_values():
     last_B = jnp.asarray(prompts_BQ[np.arange(len(cases)), prompt_len_B - 1])
 
     @jax.jit
-    def next_logits(weights: Params, prompts_BQ: np.ndarray) -> jax.Array:
+    def next_logits(weights: Params, prompts_BQ: jax.Array) -> jax.Array:
         cache = empty_cache(arch, len(cases), 1, "float32")
         nothing_B = jnp.zeros(len(cases), jnp.int32)
         prompts, length_B = prefill(weights, arch, prompts_BQ), jnp.asarray(prompt_len_B - 1)
@@ -416,7 +418,7 @@ def test_smollm2_gives_the_reference_implementations_values():
             :, 0
         ]
 
-    for case, logits_V in zip(cases, next_logits(weights, prompts_BQ), strict=True):
+    for case, logits_V in zip(cases, next_logits(weights, jnp.asarray(prompts_BQ)), strict=True):
         top = np.asarray(logits_V)[case["top_ids"]]
         np.testing.assert_allclose(top, case["top_logits"], rtol=0, atol=2e-4)
 

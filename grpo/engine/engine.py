@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo.data.tokenizer import Tokenizer
+from grpo.engine.placement import Placement, Queue
 from grpo.engine.programs import Programs, Slots, Start
-from grpo.engine.queue import Placement, Queue
 from grpo.engine.sampling import Filters
 from grpo.model.arch import Arch
 from grpo.model.params import Params
@@ -99,7 +99,8 @@ def shared_slots(slots: int, ways: int, group_size: int, completions: int) -> in
     finished slots can then go on with its next samples. Whatever divides the slots evenly.
     """
     wanted = group_size if slots >= completions else max(1, group_size // 4)
-    return max(g for g in range(1, wanted + 1) if slots % (g * ways) == 0)
+    fitting = [g for g in range(1, wanted + 1) if slots % (g * ways) == 0]
+    return max(fitting, default=1)
 
 
 def buckets(longest: int) -> tuple[int, ...]:
