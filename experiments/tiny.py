@@ -51,12 +51,12 @@ def get_config() -> Config:
             held_out=sums(size=1_000, held_out=True),
             max_prompt_tokens=8,
         ),
-        sample=SampleConfig(max_new_tokens=60, slots=64, tokens_per_dispatch=16),
+        sample=SampleConfig(max_new_tokens=60, slots=128, tokens_per_dispatch=16),
         reward=RewardConfig(
             functions=((1.0, numeric_answer), (0.1, r1_format)),
             gold_format="<think>so</think><answer>{gold}</answer>",
         ),
-        algo=AlgoConfig(problems_per_step=16, group_size=8),
+        algo=AlgoConfig(problems_per_step=16, group_size=8, microbatch_tokens=3100),
         optim=OptimConfig(learning_rate=2e-4, warmup_updates=3, decay="linear", end_share=0.1),
         sft=SftConfig(
             num_steps=320,

@@ -226,7 +226,7 @@ def test_an_update_that_was_skipped_leaves_its_batch(tmp_path):
     run.update.skips = True
     learnt(run)
     [(microbatches, _)] = run.update.calls
-    with np.load(tmp_path / "bad_batches/step_000000.npz") as kept:
+    with np.load(tmp_path / "gates/step_000000/batch.npz") as kept:
         assert kept["tokens_RT"].shape == (SHAPE.rows * len(microbatches), SHAPE.tokens)
         assert set(kept) == set(Batch.__dataclass_fields__)
 
