@@ -13,10 +13,11 @@ import pytest
 from ml_collections import config_flags
 
 from grpo.data.order import draw, problems_for_step
-from grpo.data.procedural import MaxOf
+from grpo.data.procedural import DigitChain, MaxOf
 from grpo.data.sources import (
     GymProblems,
     JsonlProblems,
+    Mixture,
     ParquetProblems,
     ProblemSource,
     Slice,
@@ -365,3 +366,26 @@ def test_draws_out_of_range_are_refused(numbers):
         draw(*numbers)
     with pytest.raises(ValueError, match="need step >= 0"):
         problems_for_step(4, -1, 2, seed=0)
+
+
+def test_a_mixture_gives_each_source_its_share_once_each():
+    shares = (0.5, 0.3, 0.2)
+    parts = tuple((share, DigitChain(size=40, seed=n)) for n, share in enumerate(shares))
+    mixture = Mixture(parts=parts, size=40)
+    problems = [mixture[i] for i in range(40)]
+    assert len({problem.uid for problem in problems}) == 40
+    of_part = [problem.uid.split("/")[0] for problem in problems]
+    assert [of_part.count(part) for part in "012"] == [20, 12, 8]
+    assert of_part != sorted(of_part)  # mixed
+    assert [mixture[i] for i in range(40)] == problems
+    assert of_part != [Mixture(parts=parts, size=40, seed=1)[i].uid[0] for i in range(40)]
+    with pytest.raises(IndexError):
+        mixture[40]
+
+
+def test_a_mixture_that_cannot_be_is_an_error():
+    few = DigitChain(size=4)
+    with pytest.raises(ValueError, match="shares of a mixture must add up to 1"):
+        Mixture(parts=((0.5, few), (0.6, few)), size=4)[0]
+    with pytest.raises(ValueError, match="part 1 of the mixture is to give 5 problems, it has 4"):
+        Mixture(parts=((0.5, DigitChain(size=5)), (0.5, few)), size=10)[0]

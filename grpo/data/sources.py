@@ -10,11 +10,15 @@ import functools
 import glob
 import gzip
 import importlib
+import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from rewards.api import Problem
 
@@ -336,6 +340,48 @@ class Slice:
     def __getitem__(self, i: int) -> Problem:
         _check_index(i, len(self))
         return self.source[self.start + i]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Mixture:
+    """Problems of several sources, as many of each as its share says, in a fixed random order.
+
+    Attributes:
+      parts: (share, source) pairs; shares add up to 1.
+      size: how many problems; each source must hold its share of them.
+      seed: of the order.
+    """
+
+    parts: tuple[tuple[float, ProblemSource], ...]
+    size: int
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> Problem:
+        _check_index(i, self.size)
+        part, row = self._places[i]
+        problem = self.parts[part][1][row]
+        # Two generators of one kind number their problems alike.
+        return dataclasses.replace(problem, uid=f"{part}/{problem.uid}")
+
+    @functools.cached_property
+    def _places(self) -> list[tuple[int, int]]:
+        shares = [share for share, _ in self.parts]
+        if not math.isclose(sum(shares), 1.0) or min(shares) < 0:
+            raise ValueError(f"the shares of a mixture must add up to 1, got {shares}")
+        ends = [round(end * self.size) for end in itertools.accumulate(shares)]
+        counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        for number, (count, (_, source)) in enumerate(zip(counts, self.parts, strict=True)):
+            if count > len(source):
+                raise ValueError(
+                    f"part {number} of the mixture is to give {count} problems, it has "
+                    f"{len(source)}: lower its share or `size`"
+                )
+        places = [(part, row) for part, count in enumerate(counts) for row in range(count)]
+        order = np.random.default_rng(self.seed).permutation(len(places))
+        return [places[int(n)] for n in order]
 
 
 def _check_index(i: int, length: int) -> None:
