@@ -92,6 +92,7 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
     """
     validate(config)
     track_reads(config)
+    _keep_programs()
     policy = make_policy(config)
     stack.enter_context(jax.set_mesh(policy.mesh))
     algo, optim, sample = config.algo, config.optim, config.sample
@@ -180,6 +181,17 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
     _read_what_the_loop_reads(config)
     check_all_read(config, baseline)
     return run
+
+
+def _keep_programs() -> None:
+    """Compiled programs are kept on disk: a run that starts again does not wait for the compiler.
+
+    Where `JAX_COMPILATION_CACHE_DIR` says, by default in ~/.cache/grpo/programs; on a CPU only if
+    it says so, since such programs are made for one kind of CPU and a home may be shared.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+        folder = Path.home() / ".cache" / "grpo" / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _objective(config: Config, on_policy: bool) -> Objective:
