@@ -1,6 +1,7 @@
 """From a configuration to the parts of a run: nothing is computed here, everything is checked."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -189,7 +190,7 @@ def _keep_programs() -> None:
     Where `JAX_COMPILATION_CACHE_DIR` says, by default in ~/.cache/grpo/programs; on a CPU only if
     it says so, since such programs are made for one kind of CPU and a home may be shared.
     """
-    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
         folder = Path.home() / ".cache" / "grpo" / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
