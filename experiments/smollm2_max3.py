@@ -32,16 +32,16 @@ def get_config() -> Config:
         model=ModelConfig(
             source="smollm2-135m-instruct",
             compute_dtype="float32",  # bfloat16 is no faster on a CPU
-            remat="none",
+            remat="products",
         ),
         data=DataConfig(
             train=MaxOf(count=3, high=99),
             held_out=MaxOf(count=3, high=99, size=500, held_out=True),
             max_prompt_tokens=40,
         ),
-        sample=SampleConfig(max_new_tokens=24, slots=32, tokens_per_dispatch=8),
+        sample=SampleConfig(max_new_tokens=24, slots=64, tokens_per_dispatch=8),
         reward=RewardConfig(functions=((1.0, last_number),)),
-        algo=AlgoConfig(problems_per_step=8, group_size=8, microbatch_tokens=4096),
+        algo=AlgoConfig(problems_per_step=8, group_size=8, microbatch_tokens=1024),
         optim=OptimConfig(learning_rate=1e-5, warmup_updates=3),
         eval=EvalConfig(every=20, num_problems=64, num_samples=4, answer_of=last_number_text),
         log=LogConfig(save_every=10),

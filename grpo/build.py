@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from grpo import loss
-from grpo.batch import row_shape
+from grpo.batch import pack, row_shape, to_device
 from grpo.config import Config, bind, check_all_read, track_reads, validate
 from grpo.curriculum import unseen
 from grpo.data.prompts import usable_indices
@@ -50,6 +50,7 @@ class Run:
       new_state: initial parameters -> state at step 0.
       advantage: scores -> advantages [P, G].
       update: (state, microbatches, totals) -> (state, metrics).
+      empty_batch: a microbatch of padding, on the mesh.
       needs_every_row: completions of zero advantage still have a gradient (KL or entropy).
       logprobs: (params, microbatch) -> log-probs [R, C], jitted.
     """
@@ -67,6 +68,7 @@ class Run:
     new_state: Callable[[Params], TrainState]
     advantage: Callable[[Scores], np.ndarray]
     update: Update
+    empty_batch: Batch
     needs_every_row: bool
     logprobs: Callable[[Params, Batch], jax.Array]
 
@@ -176,6 +178,7 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
             rate,
             keep_reference=renewed,
         ),
+        empty_batch=to_device(pack([], shape).microbatches[0], policy.mesh),
         needs_every_row=bool(algo.entropy_coef or (algo.kl_coef and not algo.kl_in_reward)),
         logprobs=make_logprobs(policy),
     )

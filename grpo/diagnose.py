@@ -679,10 +679,12 @@ def nothing_gained(run: Run) -> Finding | None:
     waited = len(run.steps) >= 2 * _MIN_STEPS and signal > 0.1 and not _solved(run) > 0.9
     if state != WORSE and not (state == NO_GAIN and waited):
         return None
+    name = "reward/solved" if _gain(run, "reward/solved").clear else "reward/mean"
+    fewer = "fewer problems are solved" if name == "reward/solved" else "the reward falls"
     return Finding(
         Severity.WARNING,
-        "the reward falls" if state == WORSE else "no gain so far",
-        f"reward/mean {run.first('reward/mean'):.3g} -> {run.last('reward/mean'):.3g} in "
+        fewer if state == WORSE else "no gain so far",
+        f"{name} {run.first(name):.3g} -> {run.last(name):.3g} in "
         f"{len(run.steps)} steps, with {signal:.0%} of the groups to learn from{_movement(run)}",
         f"train longer, or raise {run.said('optim.learning_rate')}; more completions a step "
         f"({run.said('algo.problems_per_step')}, {run.said('algo.group_size')}) make the gradient "

@@ -65,6 +65,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         fixed = algo.kl_coef and not algo.ref_every
         ref_params = starting_params(run, stop) if fixed else None
         run.engine.compile(run.policy.for_decoding(state.params))
+        run.update.compile(state.params, run.empty_batch)
         log = stack.enter_context(MetricLog(workdir, resume_step=first))
         texts = stack.enter_context(JsonlWriter(workdir / "rollouts.jsonl", resume_step=first))
         table = ConsoleTable(GRPO_COLUMNS, config.num_steps)

@@ -204,6 +204,15 @@ class Update:
         sums = self.sums(state.params, microbatches, totals)
         return self._apply(state, sums)
 
+    def compile(self, params: Params, empty: Batch) -> None:
+        """Compiles what sums microbatches, with one that is all padding and on the mesh.
+
+        A rollout decides how many there are; none of the later ones then waits for a compiler.
+        """
+        nothing = Totals(np.float32(1), np.float32(1))
+        sums = self._first(params, empty, nothing)
+        jax.block_until_ready(self._more(sums, params, empty, nothing))
+
     def sums(self, params: Params, microbatches: Sequence[Batch], totals: Totals) -> Sums:
         """Loss, metrics and gradients of a minibatch."""
         totals = Totals(*(np.float32(max(count, 1)) for count in totals))

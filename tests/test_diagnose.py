@@ -260,7 +260,7 @@ FAILURES: dict[str, tuple[Callable[[Row, float], object], Severity, str, str]] =
             reward__mean=lambda done: 0.6 - 0.1 * done, reward__solved=lambda done: 0.5 - 0.1 * done
         ),
         Severity.WARNING,
-        "the reward falls",
+        "fewer problems are solved",
         "0.591 -> 0.509",
     ),
     "shrinking": (
@@ -533,3 +533,45 @@ def test_no_run_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match=r"metrics\.jsonl"):
         diagnose.main([str(tmp_path)])
     assert diagnose.brief(tmp_path).startswith("no diagnosis: ")
+
+
+# ---- Recorded runs -----------------------------------------------------------------------------
+
+RECORDED = Path(__file__).parent / "golden" / "runs"  # made by tools/record_failing_runs.py
+
+# name -> what must be found, the first of them first
+FOUND = {
+    "healthy": [],
+    "rate_zero": ["the learning rate is 0"],
+    "rate_too_small": ["the learning rate may be too small"],
+    "rate_too_large": [
+        "the reward has collapsed",
+        "completions are cut off",
+        "entropy has collapsed before the problems were solved",
+    ],
+    "truncated": ["completions are cut off", "nearly all groups are all wrong"],
+    "too_hard": [
+        "entropy has collapsed before the problems were solved",
+        "nearly all groups are all wrong",
+    ],
+    "too_easy": ["nearly all groups are all right from the start"],
+    "reward_fails": ["verifiers fail"],
+    "reward_late": ["verifiers run out of time", "time is lost"],
+    "reward_breaks": ["a gate stopped the run at step 0"],
+    "format_never_met": ["boxed: never paid"],
+    "reward_hole": ["the reward rises, but no more problems are solved"],
+}
+
+
+def test_every_recorded_run_is_looked_at():
+    assert {path.name for path in RECORDED.iterdir()} == set(FOUND)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_recorded_run_is_told_why_it_fails(name):
+    titles = [found.title for found in findings(RECORDED / name) if found.severity > Severity.NOTE]
+    expected = [title for title in FOUND[name] if title != "time is lost"]
+    assert titles[: len(expected)] == expected
+    assert bool(titles) == bool(expected)
+    everything = [found.title for found in findings(RECORDED / name)]
+    assert set(FOUND[name]) <= set(everything)

@@ -430,7 +430,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="Hugging Face folder, for --lengths=real")
     parser.add_argument("--data", help="JSON lines with a 'question' each, for --lengths=real")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--remat", default="full")
+    parser.add_argument("--remat", default="products")
     parser.add_argument("--logprob_chunk", type=int, default=256)
     parser.add_argument("--microbatch_tokens", type=int, default=2048)
     parser.add_argument("--slots", type=int, default=0, help="0: one a completion")

@@ -122,12 +122,6 @@ def reward_hole(config: Config) -> None:
     config.optim.learning_rate = 5e-4
 
 
-def entropy_collapse(config: Config) -> None:
-    """The same hole, sampled so narrowly that the policy soon sees nothing else."""
-    reward_hole(config)
-    config.sample.temperature = 0.6
-
-
 BROKEN: dict[str, Callable[[Config], None]] = {
     setting.__name__: setting
     for setting in (
@@ -143,7 +137,6 @@ BROKEN: dict[str, Callable[[Config], None]] = {
         reward_breaks,
         format_never_met,
         reward_hole,
-        entropy_collapse,
     )
 }
 
