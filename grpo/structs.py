@@ -8,6 +8,7 @@ An array's name ends in its shape:
   V vocabulary           D model width               F MLP width
   N query heads          K key/value heads           H head width
   L layers               E experts                   U problems of the run
+  X groups carried over
 
 `Problem` and `Score` are in `rewards.api`, which stands without this package.
 """
@@ -139,6 +140,8 @@ class TrainState(struct.PyTreeNode):
       ref_params: the reference policy, where it is renewed during the run (`algo.ref_every`).
       pass_rates: `grpo.curriculum.PassRates`, on the host, where problems are chosen by them
         (`algo.curriculum`).
+      carried: `grpo.carry.Carried`, on the host, where groups go on in a later step
+        (`algo.oversample`).
     """
 
     step: Any
@@ -149,6 +152,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: Any
     ref_params: Any = None
     pass_rates: Any = None
+    carried: Any = None
 
 
 class Mean(NamedTuple):

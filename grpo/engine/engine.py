@@ -39,7 +39,7 @@ _SHORTEST = 64  # of the lengths that prompts and views come in: 64, 128, 256 ..
 class Begun(NamedTuple):
     """A completion so far: its tokens, and float32 nats of each from the sampler of its time."""
 
-    tokens: Sequence[int]
+    tokens: tuple[int, ...]
     logprobs: np.ndarray
 
 
@@ -98,10 +98,9 @@ class _Running:
     sample: int
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
-    begun: int = 0  # tokens of an earlier rollout
+    begun: int = 0  # of its tokens are from an earlier rollout
     done: bool = False
 
-    @property
     def sampled(self) -> int:
         return len(self.tokens) - self.begun
 
@@ -118,8 +117,11 @@ class _Dispatch:
 
 def _begin(request: int, sample: int, begun: dict[tuple[int, int], Begun]) -> _Running:
     """The owner of a slot, with what it wrote before taken out of `begun`."""
-    tokens, logprobs = begun.pop((request, sample), Begun((), np.zeros(0, np.float32)))
-    return _Running(request, sample, list(tokens), logprobs.tolist(), len(tokens))
+    so_far = begun.pop((request, sample), None)
+    if so_far is None:
+        return _Running(request, sample)
+    written = list(so_far.tokens)
+    return _Running(request, sample, written, so_far.logprobs.tolist(), begun=len(written))
 
 
 def _so_far(owner: _Running) -> Begun:
@@ -350,7 +352,7 @@ class Engine:
         if ahead is not None and any(running):
             yield from list(self._read(ahead, running, halted_B))
         left = [owner for owner in running if owner is not None]
-        stats.tokens += sum(owner.sampled for owner in left)
+        stats.tokens += sum(owner.sampled() for owner in left)
         self.unfinished = begun | {(o.request, o.sample): _so_far(o) for o in left if o.tokens}
         stats.seconds = time.monotonic() - started
 
@@ -425,8 +427,9 @@ class Engine:
             if finish:
                 owner.done = halted_B[slot] = True
                 running[slot] = None
-                self.stats.tokens += owner.sampled
-                yield Completion(owner.request, owner.sample, *_so_far(owner), finish)
+                self.stats.tokens += owner.sampled()
+                tokens, logprobs = _so_far(owner)
+                yield Completion(owner.request, owner.sample, tokens, logprobs, finish)
 
     def _refill(
         self,

@@ -223,7 +223,7 @@ def _replay(
       arch: shape of the model.
       chunk: tokens fed at a time.
     """
-    (B, C), take_B = begun_BC.shape, begun_B > 0
+    C, take_B = begun_BC.shape[1], begun_B > 0
     fed_BC = jnp.concatenate([slots.token_B[:, None], jnp.maximum(begun_BC[:, :-1], 0)], axis=1)
     fed_BC = jnp.pad(fed_BC, ((0, 0), (0, -C % chunk)))
 
