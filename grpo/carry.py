@@ -13,9 +13,9 @@ correction is for (`algo.correction`, here `loss.truncated` unless it is chosen)
 the log-prob of the policy that sampled it, and weighs pi_old / pi_sampler, cut off at a cap. The
 ratio of the clip is against the policy of this step, as always. Two things are left uncorrected:
 the weight is the token's own, not its prefix's, and capped; and the order by length itself.
-`groups/late_steps_max` and `rollout/carried_tokens_share` say how much of this there is. The
-metrics and gates of sampler against trainer (`sampler/...`) then measure the movement of the
-policy as well.
+`groups/late_steps_max` and `rollout/carried_tokens_share` say how much of this there is,
+`sampler/corrected_share` how many weights are cut off. The gap of sampler and trainer
+(`sampler/gap_nats_...`, and the gates on it) leaves carried tokens out.
 
 Which groups come first follows from where dispatches end, never from time, so equal runs carry
 equally. What is carried is part of the state, of a fixed shape, and in every checkpoint.
@@ -75,14 +75,14 @@ class Group:
       written: each completion so far.
       finish: why each ended; "" if it has not.
       late: steps since it was asked.
-      carried: tokens that earlier steps sampled.
+      carried: tokens of each completion that earlier steps sampled.
     """
 
     problem: int
     written: list[Begun]
     finish: list[str]
+    carried: list[int]
     late: int = 0
-    carried: int = 0
 
     @property
     def complete(self) -> bool:
@@ -132,14 +132,14 @@ def resumed(carried: Carried) -> list[Group]:
             )
         ]
         finish = [_FINISHES[code] for code in c.finish_XG[x]]
-        carried_tokens = int(c.length_XG[x].sum())
-        groups.append(Group(int(c.problem_X[x]), written, finish, int(c.late_X[x]), carried_tokens))
+        lengths = c.length_XG[x].tolist()
+        groups.append(Group(int(c.problem_X[x]), written, finish, lengths, int(c.late_X[x])))
     return groups
 
 
 def fresh(problem: int, group_size: int) -> Group:
     """A group nothing of which is written."""
-    return Group(problem, [_NOTHING] * group_size, [""] * group_size)
+    return Group(problem, [_NOTHING] * group_size, [""] * group_size, [0] * group_size)
 
 
 def first_complete(
@@ -214,7 +214,7 @@ def first_complete(
     metrics = rollout_metrics(rollout, engine.stats, started, sampled, scored) | {
         "groups/carried": float(sum(group.late > 0 for group in groups)),
         "groups/late_steps_max": float(max(group.late for group in trained)),
-        "rollout/carried_tokens_share": sum(group.carried for group in trained)
+        "rollout/carried_tokens_share": sum(c.carried for c in rollout.completions)
         / int(rollout.lengths_B.sum()),
     }
     left = [
@@ -236,7 +236,8 @@ def _request(group: Group, prompt: Sequence[int], name: int) -> Request:
 
 
 def _completions(group: Group, problem: int) -> list[Completion]:
+    members = zip(group.written, group.finish, group.carried, strict=True)
     return [
-        Completion(problem, sample, begun.tokens, begun.logprobs, finish)
-        for sample, (begun, finish) in enumerate(zip(group.written, group.finish, strict=True))
+        Completion(problem, sample, begun.tokens, begun.logprobs, finish, carried)
+        for sample, (begun, finish, carried) in enumerate(members)
     ]

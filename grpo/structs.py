@@ -34,6 +34,7 @@ class Completion:
       tokens: ids as sampled, the stop token included: stopping is an action and is trained.
       logprobs: float32 nats, one a token, of the distribution really sampled from.
       finish: "eos" (a stop token), "stop" (a stop string) or "length" (cut off).
+      carried: of its tokens the first so many were sampled in earlier steps, by older policies.
     """
 
     problem: int
@@ -41,6 +42,7 @@ class Completion:
     tokens: tuple[int, ...]
     logprobs: np.ndarray
     finish: str
+    carried: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,8 @@ class Batch(struct.PyTreeNode):
         batch gets a single update, where the ratio is 1 by construction.
       sampler_logprobs_RC: float32 nats as the rollout engine reported them.
       ref_logprobs_RC: float32 nats of the frozen reference; zeros if there is none.
+      carried_RC: bool, the token was sampled in an earlier step, by an older policy; None: no
+        token was.
     """
 
     tokens_RT: Any
@@ -113,6 +117,7 @@ class Batch(struct.PyTreeNode):
     old_logprobs_RC: Any
     sampler_logprobs_RC: Any
     ref_logprobs_RC: Any
+    carried_RC: Any = None
 
 
 class Totals(NamedTuple):

@@ -429,7 +429,9 @@ class Engine:
                 running[slot] = None
                 self.stats.tokens += owner.sampled()
                 tokens, logprobs = _so_far(owner)
-                yield Completion(owner.request, owner.sample, tokens, logprobs, finish)
+                yield Completion(
+                    owner.request, owner.sample, tokens, logprobs, finish, carried=owner.begun
+                )
 
     def _refill(
         self,
