@@ -15,7 +15,8 @@ ratio of the clip is against the policy of this step, as always. Two things are 
 the weight is the token's own, not its prefix's, and capped; and the order by length itself.
 `groups/late_steps_max` and `rollout/carried_tokens_share` say how much of this there is,
 `sampler/corrected_share` how many weights are cut off. The gap of sampler and trainer
-(`sampler/gap_nats_...`, and the gates on it) leaves carried tokens out.
+(`sampler/gap_nats_...`, `sampler/kl_nats`, and the gates on them) leaves carried tokens out. With
+`algo.kl_in_reward` they count against the policies that sampled them.
 
 Which groups come first follows from where dispatches end, never from time, so equal runs carry
 equally. What is carried is part of the state, of a fixed shape, and in every checkpoint.

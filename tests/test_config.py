@@ -192,7 +192,10 @@ def test_whole_numbers_are_fine_where_fractions_are():
             "overlong_buffer_tokens is 49, but .* sample.max_new_tokens = 48",
         ),
         ({"algo__oversample": 1.5}, r"algo.oversample is 1.5; it must be in \[0, 1\]"),
-        ({"algo__oversample": 0.01}, r"oversample is 0.01, .* problems_per_step \(.*not one group"),
+        (
+            {"algo__oversample": 0.01},
+            r"oversample is 0.01, .*problems_per_step \(4\) is not one group",
+        ),
         (
             {"algo__oversample": 0.5, "algo__dynamic_rounds": 1},
             r"oversample \(0.5\) and algo.dynamic_rounds \(1\) are both set",
