@@ -30,6 +30,7 @@ class Sample:
       advantage: of the whole completion.
       old_logprobs, sampler_logprobs, ref_logprobs: float32 nats, one a completion token; None is
         zeros. See `Batch`.
+      carried: as in `Completion`.
     """
 
     group: int
@@ -40,6 +41,7 @@ class Sample:
     old_logprobs: np.ndarray | None = None
     sampler_logprobs: np.ndarray | None = None
     ref_logprobs: np.ndarray | None = None
+    carried: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +182,12 @@ def _empty(rows: int, shape: RowShape) -> Batch:
     ids = {f"{name}_RC": zeros(C, np.int32) for name in ("contexts", "targets", "sequences")}
     values = {f"{name}_RC": zeros(C, np.float32) for name in ("advantage", *TOKEN_VALUES)}
     return Batch(
-        **slots, branches_RT=zeros(T, np.int32), **ids, mask_RC=zeros(C, np.bool_), **values
+        **slots,
+        branches_RT=zeros(T, np.int32),
+        **ids,
+        mask_RC=zeros(C, np.bool_),
+        **values,
+        carried_RC=zeros(C, np.bool_),
     )
 
 
@@ -213,6 +220,7 @@ def _lay_out(
             batch.sequences_RC[row, there] = branch - 1
             batch.mask_RC[row, there] = sample.trains
             batch.advantage_RC[row, there] = sample.advantage
+            batch.carried_RC[row, column : column + sample.carried] = True
             for name in TOKEN_VALUES:
                 values = getattr(sample, name)
                 if values is not None:

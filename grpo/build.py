@@ -13,6 +13,7 @@ import numpy as np
 
 from grpo import loss
 from grpo.batch import pack, row_shape, to_device
+from grpo.carry import extra_groups, nothing
 from grpo.config import Config, bind, check_all_read, track_reads, validate
 from grpo.curriculum import unseen
 from grpo.data.prompts import usable_indices
@@ -116,19 +117,25 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
     assert config.data.train is not None  # validate() saw to it
     check = config.data.check_reference
     problems = _usable(policy.tokenizer, config.data.train, max_prompt, check, "train")
-    if len(problems) < algo.problems_per_step:
+    extra = extra_groups(algo.problems_per_step, algo.oversample)
+    asked = algo.problems_per_step + extra
+    if len(problems) < asked:
+        beyond = f" and {extra} more (algo.oversample)" if extra else ""
         raise ValueError(
-            f"algo.problems_per_step is {algo.problems_per_step}, but data.train has only "
+            f"algo.problems_per_step is {algo.problems_per_step}{beyond}, but data.train has only "
             f"{len(problems)} usable problems"
         )
-    considered = algo.problems_per_step * max(algo.curriculum, 1)
+    considered = asked * max(algo.curriculum, 1)
     if considered > len(problems):
         raise ValueError(
-            f"algo.curriculum ({algo.curriculum}) x problems_per_step ({algo.problems_per_step}) "
+            f"algo.curriculum ({algo.curriculum}) x problems_per_step ({asked}) "
             f"= {considered} problems to choose from, but data.train has only {len(problems)} "
             "usable ones; lower one of the two"
         )
-    pass_rates = unseen(len(problems)) if algo.curriculum > 1 else None
+    on_host = {
+        "pass_rates": unseen(len(problems)) if algo.curriculum > 1 else None,
+        "carried": nothing(extra, algo.group_size, sample.max_new_tokens) if extra else None,
+    }
     engine = Engine(
         policy.arch,
         policy.tokenizer,
@@ -138,13 +145,14 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
         slots=sample.slots,
         slots_per_prompt=sample.slots_per_prompt
         or shared_slots(
-            sample.slots, batch_ways(policy.mesh), algo.group_size, schedule.completions
+            sample.slots, batch_ways(policy.mesh), algo.group_size, asked * algo.group_size
         ),
         tokens_per_dispatch=sample.tokens_per_dispatch,
         dtype=config.model.compute_dtype,
         stop_strings=sample.stop_strings,
         tail_slots=sample.tail_slots,
         draft_tokens=sample.draft_tokens,
+        goes_on=extra > 0,
     )
     scorer = stack.enter_context(Scorer(config.reward))
     sft = None
@@ -156,7 +164,7 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
 
     def new_state(params: Params) -> TrainState:
         state = init_state(policy, params, optimizer, keep_reference=renewed)
-        return state.replace(pass_rates=pass_rates)
+        return state.replace(**on_host)
 
     run = Run(
         config=config,
@@ -168,7 +176,7 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
         scorer=scorer,
         evaluator=_evaluator(config, policy, engine, scorer) if config.eval.every else None,
         sft=sft,
-        state_like=state_like.replace(pass_rates=pass_rates),
+        state_like=state_like.replace(**on_host),
         new_state=new_state,
         advantage=bind(algo.advantage, algo),
         update=Update(
@@ -201,7 +209,8 @@ def _keep_programs() -> None:
 def _objective(config: Config, on_policy: bool) -> Objective:
     """The loss that `config.algo` puts together."""
     algo = config.algo
-    corrected = algo.correction or (loss.uncorrected if on_policy else loss.truncated)
+    exact = on_policy and not algo.oversample
+    corrected = algo.correction or (loss.uncorrected if exact else loss.truncated)
     return partial(
         loss.grpo_loss,
         objective=bind(algo.objective, algo),

@@ -160,7 +160,7 @@ class AlgoConfig(Section):
         None,
         "importance weights against the sampler: truncated, icepop, masked_sequences of grpo.loss; "
         "uncorrected never corrects. None: the run decides: none while sampler and trainer are "
-        "exactly on-policy (one minibatch, one pass), else truncated",
+        "exactly on-policy (one minibatch, one pass, nothing carried over), else truncated",
     )
     clip_low: float = doc(
         0.2, "how far the ratio may fall below 1; needs several updates a rollout"
@@ -194,6 +194,12 @@ class AlgoConfig(Section):
     dynamic_rounds: int = doc(
         0,
         "further rounds of problems drawn to replace groups whose rewards are all equal; 0: off",
+    )
+    oversample: float = doc(
+        0.0,
+        "groups under way beyond problems_per_step, as a share of it: the first problems_per_step "
+        "complete ones train, what is unfinished goes on in the next step, corrected for the older "
+        "policies that sampled it; the bias is stated in grpo/carry.py. 0: off",
     )
     overlong_buffer_tokens: int = doc(
         0,
@@ -415,7 +421,7 @@ _NOT_NEGATIVE = """
     sft.warmup_updates eval.every eval.top_k log.rollouts_every
 """.split()
 _SHARES = """
-    algo.clip_low optim.end_share optim.beta1 optim.beta2 gates.max_failure_rate
+    algo.clip_low algo.oversample optim.end_share optim.beta1 optim.beta2 gates.max_failure_rate
     gates.max_timeout_rate gates.max_repeated_share gates.max_zero_id_share gates.max_stuck_share
     eval.top_p eval.min_p
 """.split()
@@ -533,10 +539,30 @@ def _validate_algorithm(config: Config) -> None:
         algo.kl_coef > 0 or not algo.ref_every,
         f"algo.ref_every is set, but algo.kl_coef is {algo.kl_coef}: there is no reference",
     )
+    if algo.oversample:
+        _validate_oversample(algo)
     _need(
         algo.overlong_buffer_tokens <= limit,
         f"algo.overlong_buffer_tokens is {algo.overlong_buffer_tokens}, but completions have at "
         f"most sample.max_new_tokens = {limit}",
+    )
+
+
+def _validate_oversample(algo: AlgoConfig) -> None:
+    _need(
+        round(algo.problems_per_step * algo.oversample) > 0,
+        f"algo.oversample is {algo.oversample}, but so much of algo.problems_per_step "
+        f"({algo.problems_per_step}) is not one group; raise it, or set it to 0",
+    )
+    _need(
+        not algo.dynamic_rounds,
+        f"algo.oversample ({algo.oversample}) and algo.dynamic_rounds ({algo.dynamic_rounds}) are "
+        "both set: groups that end late cannot be drawn again in the same step; set one to 0",
+    )
+    _need(
+        _function(algo.correction) is not loss.uncorrected,
+        "algo.oversample is set, but algo.correction is loss.uncorrected: carried tokens were "
+        "sampled by older policies; leave it at None, or take another correction",
     )
 
 

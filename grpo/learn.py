@@ -73,6 +73,7 @@ def _samples(rollout: Rollout, scores: Scores, *, mask_truncated: bool) -> list[
             completion=c.tokens,
             trains=bool(valid) and not (mask_truncated and c.finish == LENGTH),
             sampler_logprobs=c.logprobs,
+            carried=c.carried,
         )
         for c, valid in zip(rollout.completions, valid_B, strict=True)
     ]

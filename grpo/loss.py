@@ -376,16 +376,18 @@ def grpo_loss(
         points_RC = points_RC + entropy_coef * entropy_RC
     loss = -jnp.sum(aggregate(batch, totals) * points_RC)
 
+    # Of carried tokens the gap is how far the policy has moved: no fault of the sampler.
+    own_RC = mask_RC if batch.carried_RC is None else mask_RC & ~batch.carried_RC
     log_ratio_RC = jax.lax.stop_gradient(log_ratio_RC)
     silent_RC = jnp.zeros_like(mask_RC) if on_policy else _silent(objective, log_ratio_RC, batch)
     means |= _ratio_metrics(log_ratio_RC, silent_RC, batch) | {
         "policy/entropy_nats": _mean(entropy_RC, mask_RC),
         "policy/clamped_share": _mean(clamped_RC, mask_RC),
-        "sampler/gap_nats_mean": _mean(jnp.abs(gap_RC), mask_RC),
-        "sampler/kl_nats": _mean(_k3_of(log_gap_RC), mask_RC),
+        "sampler/gap_nats_mean": _mean(jnp.abs(gap_RC), own_RC),
+        "sampler/kl_nats": _mean(_k3_of(log_gap_RC), own_RC),
     }
     maxima = {
-        "sampler/gap_nats_max": jnp.abs(gap_RC).max(),
+        "sampler/gap_nats_max": jnp.max(jnp.abs(gap_RC), where=own_RC, initial=0.0),
         "policy/ratio_max": jnp.max(jnp.exp(log_ratio_RC), where=mask_RC, initial=0.0),
     }
     return loss, means, jax.lax.stop_gradient(maxima)

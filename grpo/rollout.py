@@ -10,7 +10,7 @@ import numpy as np
 
 from grpo.data.prompts import encode_prompt
 from grpo.data.tokenizer import Tokenizer
-from grpo.engine.engine import Engine, Request
+from grpo.engine.engine import Engine, EngineStats, Request
 from grpo.engine.sampling import Filters
 from grpo.model.params import Params
 from grpo.scoring import Scorer
@@ -40,14 +40,12 @@ def sample_and_score(
     tokenizer = engine.tokenizer
     prompts = [encode_prompt(tokenizer, problem) for problem in problems]
     requests = [
-        Request(prompt, zlib.crc32(problem.uid.encode()), group_size)
+        Request(prompt, stream(problem), group_size)
         for prompt, problem in zip(prompts, problems, strict=True)
     ]
     done: dict[tuple[int, int], tuple[Completion, Future[list[Score]]]] = {}
     for completion in engine.run(weights, requests, key, temperature=temperature, filters=filters):
-        text = tokenizer.decode(completion.tokens)
-        facts = {"length_tokens": len(completion.tokens), "finish_reason": completion.finish}
-        future = scorer.submit(text, problems[completion.problem], facts)
+        future = judge(scorer, tokenizer, completion, problems[completion.problem])
         done[completion.problem, completion.sample] = completion, future
     sampled = time.monotonic()
     order = [[done[p, g] for g in range(group_size)] for p in range(len(problems))]
@@ -59,9 +57,31 @@ def sample_and_score(
         completions=[completion for group in order for completion, _ in group],
         group_size=group_size,
     )
+    return rollout, scores, rollout_metrics(rollout, engine.stats, started, sampled, scored)
+
+
+def stream(problem: Problem, late: int = 0) -> int:
+    """What names a problem to the random numbers of a step (uint32).
+
+    `late` steps after it was asked it has another name: it may be asked anew beside that.
+    """
+    return zlib.crc32(f"{problem.uid}+{late}".encode() if late else problem.uid.encode())
+
+
+def judge(
+    scorer: Scorer, tokenizer: Tokenizer, completion: Completion, problem: Problem
+) -> "Future[list[Score]]":
+    """Starts judging what was written for `problem`."""
+    facts = {"length_tokens": len(completion.tokens), "finish_reason": completion.finish}
+    return scorer.submit(tokenizer.decode(completion.tokens), problem, facts)
+
+
+def rollout_metrics(
+    rollout: Rollout, stats: EngineStats, started: float, sampled: float, scored: float
+) -> dict[str, float]:
+    """Lengths, speed and times; the last three arguments are seconds of one clock."""
     lengths_B = rollout.lengths_B
-    stats = engine.stats
-    metrics = {
+    return {
         "rollout/length_tokens_mean": float(lengths_B.mean()),
         "rollout/length_tokens_max": float(lengths_B.max()),
         "rollout/truncated": float(np.mean([c.finish == LENGTH for c in rollout.completions])),
@@ -71,7 +91,6 @@ def sample_and_score(
         "time/sample_s": sampled - started,
         "time/score_s": scored - sampled,
     }
-    return rollout, scores, metrics
 
 
 def readable_rows(

@@ -8,6 +8,7 @@ An array's name ends in its shape:
   V vocabulary           D model width               F MLP width
   N query heads          K key/value heads           H head width
   L layers               E experts                   U problems of the run
+  X groups carried over
 
 `Problem` and `Score` are in `rewards.api`, which stands without this package.
 """
@@ -33,6 +34,7 @@ class Completion:
       tokens: ids as sampled, the stop token included: stopping is an action and is trained.
       logprobs: float32 nats, one a token, of the distribution really sampled from.
       finish: "eos" (a stop token), "stop" (a stop string) or "length" (cut off).
+      carried: of its tokens the first so many were sampled in earlier steps, by older policies.
     """
 
     problem: int
@@ -40,6 +42,7 @@ class Completion:
     tokens: tuple[int, ...]
     logprobs: np.ndarray
     finish: str
+    carried: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +101,8 @@ class Batch(struct.PyTreeNode):
         batch gets a single update, where the ratio is 1 by construction.
       sampler_logprobs_RC: float32 nats as the rollout engine reported them.
       ref_logprobs_RC: float32 nats of the frozen reference; zeros if there is none.
+      carried_RC: bool, the token was sampled in an earlier step, by an older policy; None: no
+        token was.
     """
 
     tokens_RT: Any
@@ -112,6 +117,7 @@ class Batch(struct.PyTreeNode):
     old_logprobs_RC: Any
     sampler_logprobs_RC: Any
     ref_logprobs_RC: Any
+    carried_RC: Any = None
 
 
 class Totals(NamedTuple):
@@ -139,6 +145,8 @@ class TrainState(struct.PyTreeNode):
       ref_params: the reference policy, where it is renewed during the run (`algo.ref_every`).
       pass_rates: `grpo.curriculum.PassRates`, on the host, where problems are chosen by them
         (`algo.curriculum`).
+      carried: `grpo.carry.Carried`, on the host, where groups go on in a later step
+        (`algo.oversample`).
     """
 
     step: Any
@@ -149,6 +157,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: Any
     ref_params: Any = None
     pass_rates: Any = None
+    carried: Any = None
 
 
 class Mean(NamedTuple):

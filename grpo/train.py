@@ -8,26 +8,23 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from grpo import diagnose, gates, runinfo
+from grpo.ask import ask
 from grpo.build import Run, build
 from grpo.checkpoint import Checkpoints, params_sha256
 from grpo.config import Config
-from grpo.curriculum import PassRates, Round, after_step, choose, solved_share
-from grpo.data.order import draw
-from grpo.groups import fill_groups
 from grpo.learn import learn, shaped
 from grpo.metrics import GRPO_COLUMNS, ConsoleTable, JsonlWriter, MetricLog
 from grpo.model.params import Params
 from grpo.report import report_run
-from grpo.rollout import readable_rows, sample_and_score
+from grpo.rollout import readable_rows
 from grpo.scoring import check_gold
 from grpo.signals import StopSignal
-from grpo.structs import Rollout, Scores, TrainState
+from grpo.structs import TrainState
 
 
 def train(config: Config, workdir: str | Path, baseline: Config | None = None) -> TrainState:
@@ -76,9 +73,9 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
 
             # 1. Ask P problems, sample G completions of each, and score every one as it ends. The
             # current policy is pi_old for the rest of this step.
-            cursor, pass_rates, (rollout, scores, asked) = ask(run, state, step)
-            scores = shaped(run, rollout, scores)
-            metrics |= asked | run.scorer.metrics(scores)
+            asked = ask(run, state, step)
+            rollout, scores = asked.rollout, shaped(run, asked.rollout, asked.scores)
+            metrics |= asked.metrics | run.scorer.metrics(scores)
             if config.log.rollouts_every and step % config.log.rollouts_every == 0:
                 for row in readable_rows(step, rollout, scores, run.policy.tokenizer):
                     texts.write(row)
@@ -90,13 +87,9 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
 
             # 2. Compare each completion with its group, and 3. make a few updates with that.
             updating = time.monotonic()
-            learner = state.replace(pass_rates=None)  # which stay on the host
+            learner = state.replace(pass_rates=None, carried=None)  # which stay on the host
             state, report = learn(run, learner, ref_params, rollout, scores)
-            state = state.replace(
-                step=state.step + 1,
-                cursor=state.cursor + cursor - int(state.cursor),
-                pass_rates=pass_rates,
-            )
+            state = asked.noted(state.replace(step=state.step + 1))
             if state.ref_params is not None and (step + 1) % algo.ref_every == 0:
                 state = state.replace(ref_params=jax.tree.map(jnp.copy, state.params))
 
@@ -127,38 +120,6 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
     print(diagnose.brief(workdir))
     print(f"params_sha256 {digest}")
     return state
-
-
-def ask(
-    run: Run, state: TrainState, step: int
-) -> tuple[int, PassRates | None, tuple[Rollout, Scores, dict[str, Any]]]:
-    """The cursor behind the problems of a step, what is then known of them, and their groups."""
-    config, algo = run.config, run.config.algo
-    weights = run.policy.for_decoding(state.params)
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
-    cursor, rounds = int(state.cursor), []
-
-    def sample(count: int, number: int) -> tuple[Rollout, Scores, dict[str, float]]:
-        nonlocal cursor
-        considered = count * max(algo.curriculum, 1)
-        drawn, cursor = draw(len(run.problems), cursor, considered, config.seed)
-        rows = choose(state.pass_rates, drawn, count)
-        rollout, scores, metrics = sample_and_score(
-            run.engine,
-            run.scorer,
-            weights,
-            [run.problems[i] for i in rows],
-            algo.group_size,
-            jax.random.fold_in(key, number),
-            temperature=config.sample.temperature,
-        )
-        share_P = solved_share(run.scorer.solved_PG(scores), scores.valid_PG)
-        rounds.append(Round(drawn, rows, share_P))
-        return rollout, scores, metrics
-
-    rollout, scores, metrics = fill_groups(sample, algo.problems_per_step, algo.dynamic_rounds)
-    pass_rates, report = after_step(state.pass_rates, rounds)
-    return cursor, pass_rates, (rollout, scores, metrics | report)
 
 
 def evaluate_if_due(run: Run, state: TrainState, step: int) -> dict[str, float]:

@@ -28,7 +28,7 @@ def nats(*values: float) -> np.ndarray:
 # Two groups. Id 0 is also what rows are padded with.
 SAMPLES = [
     Sample(7, [5, 6, 7], [1, 2], advantage=0.5, sampler_logprobs=nats(-1, -2)),
-    Sample(7, [5, 6, 7], [3, 0, 0], advantage=-0.5, sampler_logprobs=nats(-3, -4, -5)),
+    Sample(7, [5, 6, 7], [3, 0, 0], advantage=-0.5, sampler_logprobs=nats(-3, -4, -5), carried=2),
     Sample(2, [8], [4, 31], trains=False, advantage=2.0, old_logprobs=nats(-6, -7)),
 ]
 SHAPE = RowShape(rows=1, tokens=12, completion_tokens=8)
@@ -53,6 +53,7 @@ def test_a_row_is_prompts_each_followed_by_its_completions():
     assert row.contexts_RC == [2, 3, 4, 2, 6, 8, 9, 0]  # the first token follows the prompt
     assert row.sequences_RC == [0, 0, 0, 1, 1, 2, 2, 0]
     assert row.mask_RC == [True] * 5 + [False] * 3
+    assert row.carried_RC == [True] * 2 + [False] * 6
     assert row.advantage_RC == [-0.5] * 3 + [0.5] * 2 + [2.0] * 2 + [0]
     assert row.sampler_logprobs_RC == [-3, -4, -5, -1, -2, 0, 0, 0]
     assert row.old_logprobs_RC == [0, 0, 0, 0, 0, -6, -7, 0]
@@ -61,7 +62,8 @@ def test_a_row_is_prompts_each_followed_by_its_completions():
 
 def test_dtypes_are_what_the_update_is_compiled_for():
     """They do not depend on what the samples hold."""
-    wanted = dict.fromkeys(Batch.__dataclass_fields__, "int32") | {"mask_RC": "bool"}
+    wanted = dict.fromkeys(Batch.__dataclass_fields__, "int32")
+    wanted |= {"mask_RC": "bool", "carried_RC": "bool"}
     floats = ("advantage", "old_logprobs", "sampler_logprobs", "ref_logprobs")
     wanted |= {f"{name}_RC": "float32" for name in floats}
     for samples in (SAMPLES, []):

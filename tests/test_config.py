@@ -46,7 +46,7 @@ SURFACE = """
       objective aggregate correction clip_low clip_high dual_clip sapo_temperature_positive
       sapo_temperature_negative correction_cap correction_low correction_high sequence_gap_max
       pass_k kl kl_coef kl_in_reward ref_every entropy_coef mask_truncated dynamic_rounds
-      overlong_buffer_tokens overlong_penalty curriculum
+      oversample overlong_buffer_tokens overlong_penalty curriculum
     config.optim: learning_rate warmup_updates decay end_share beta1 beta2 eps weight_decay
       clip_norm
     config.sft: num_steps source rows_per_step microbatch_tokens learning_rate warmup_updates
@@ -190,6 +190,19 @@ def test_whole_numbers_are_fine_where_fractions_are():
         (
             {"algo__overlong_buffer_tokens": 49},
             "overlong_buffer_tokens is 49, but .* sample.max_new_tokens = 48",
+        ),
+        ({"algo__oversample": 1.5}, r"algo.oversample is 1.5; it must be in \[0, 1\]"),
+        (
+            {"algo__oversample": 0.01},
+            r"oversample is 0.01, .*problems_per_step \(4\) is not one group",
+        ),
+        (
+            {"algo__oversample": 0.5, "algo__dynamic_rounds": 1},
+            r"oversample \(0.5\) and algo.dynamic_rounds \(1\) are both set",
+        ),
+        (
+            {"algo__oversample": 0.5, "algo__correction": loss.uncorrected},
+            "oversample is set, but algo.correction is loss.uncorrected: carried tokens",
         ),
         ({"algo__curriculum": -1}, "algo.curriculum is -1; it cannot be negative"),
         ({"eval__temperature": -0.1}, "eval.temperature is -0.1; it must be a finite number, 0"),

@@ -1,5 +1,6 @@
 """The rollout engine: what it samples, when it stops, and what must not matter to either."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
 
 from grpo.batch import RowShape, Sample, pack
 from grpo.engine import engine as engine_module
-from grpo.engine.engine import Engine, Request, buckets, shared_slots
+from grpo.engine.engine import Begun, Engine, Request, buckets, shared_slots
 from grpo.engine.placement import Queue
 from grpo.engine.programs import Slots, _guess
 from grpo.engine.sampling import inverse_cdf, sample_token
@@ -506,3 +507,139 @@ def test_settings_that_cannot_work_are_errors():
             tokens_per_dispatch=5,
             dtype="float32",
         )
+
+
+# ---- going on with what was begun ----------------------------------------------------------------
+
+
+def split(samples: Samples, seed: int = 0) -> list[Request]:
+    """REQUESTS as if another rollout had written a part of each sample, or all, or nothing."""
+    rng, requests = np.random.default_rng(seed), []
+    for request in REQUESTS:
+        begun, done = {}, []
+        for number in range(request.num_samples):
+            completion = samples[request.stream, number]
+            count = int(rng.integers(0, len(completion.tokens) + 1))
+            if count == len(completion.tokens):
+                done.append(number)
+            elif count:
+                begun[number] = Begun(completion.tokens[:count], completion.logprobs[:count])
+        requests.append(dataclasses.replace(request, begun=begun, done=done))
+    return requests
+
+
+def rest(which: Engine, requests: Sequence[Request], **settings: Any) -> Samples:
+    """What the engine yields of samples that are not done, by (stream, sample)."""
+    with jax.set_mesh(which.mesh):
+        found = list(
+            which.run(
+                decode_weights(which.mesh.size),
+                requests,
+                jax.random.key(0),
+                temperature=0.8,
+                **settings,
+            )
+        )
+    return {(requests[c.problem].stream, c.sample): c for c in found}
+
+
+@pytest.mark.parametrize(
+    "slots, dispatch, devices, shared, tail, drafts",
+    [(8, 5, 1, 1, 0, 0), (4, 1, 1, 2, 0, 0), (8, 5, 8, 2, 0, 0), (8, 5, 1, 1, 4, 3)],
+)
+def test_what_was_begun_goes_on_as_if_it_had_never_stopped(
+    base, slots, dispatch, devices, shared, tail, drafts, monkeypatch
+):
+    """Reading three tokens at a time, so that most samples need several chunks."""
+    monkeypatch.setattr(engine_module, "_REPLAY_TOKENS", 3 * slots)
+    which = engine.__wrapped__(slots, dispatch, devices, (), shared, tail, drafts)
+    requests = split(base)
+    done = {(r.stream, number) for r in requests for number in r.done}
+    assert len(done) >= 2 and sum(len(r.begun) for r in requests) >= 10
+    got = rest(which, requests)
+    assert_same(got, {name: c for name, c in base.items() if name not in done})
+    for request in requests:  # what was handed in comes back bit by bit
+        for number, begun in request.begun.items():
+            np.testing.assert_array_equal(
+                got[request.stream, number].logprobs[: len(begun.tokens)], begun.logprobs
+            )
+    written = sum(len(b.tokens) for r in requests for b in r.begun.values())
+    assert which.stats.tokens == sum(len(c.tokens) for c in got.values()) - written
+    assert not which.unfinished
+
+
+@pytest.mark.parametrize("dispatch, tail", [(1, 0), (5, 0), (5, 4)])
+def test_a_rollout_that_is_ended_early_can_be_gone_on_with(base, dispatch, tail):
+    """Stopped after every few completions: the parts put together are the uninterrupted rollout."""
+    which, requests = engine(8, dispatch, 1, (), 1, tail), list(REQUESTS)
+    found: Samples = {}
+    rollouts = 0
+    while len(found) < len(base):
+        rollouts, before, counted = rollouts + 1, len(found), []
+
+        def enough(counted=counted):
+            return len(counted) >= 4
+
+        with jax.set_mesh(which.mesh):
+            for completion in which.run(
+                decode_weights(1), requests, jax.random.key(0), temperature=0.8, enough=enough
+            ):
+                counted.append(completion)
+                name = requests[completion.problem].stream, completion.sample
+                assert name not in found
+                found[name] = completion
+        assert len(found) == len(base) or (len(found) >= before + 4 and which.unfinished)
+        requests = [
+            dataclasses.replace(
+                request,
+                done=[s for stream, s in found if stream == request.stream],
+                begun={s: b for (n, s), b in which.unfinished.items() if n == number},
+            )
+            for number, request in enumerate(requests)
+        ]
+    assert rollouts >= 3
+    assert_same(found, base)
+
+
+def test_what_waits_with_its_tokens_is_not_lost(base):
+    """More begun samples than slots, and a rollout that ends at once."""
+    which, requests = engine(4, 1, 1, (), 2), split(base)
+    assert not rest(which, requests, enough=lambda: True)
+    expected = {(n, s): b for n, r in enumerate(requests) for s, b in r.begun.items()}
+    assert which.unfinished == expected
+
+
+def test_a_replay_is_compiled_beforehand_and_in_place():
+    with jax.set_mesh(mesh(1)):
+        which = Engine(
+            ARCH,
+            TOKENIZER,
+            mesh(1),
+            max_prompt=MAX_PROMPT,
+            max_new=MAX_NEW,
+            slots=8,
+            tokens_per_dispatch=5,
+            dtype="float32",
+            goes_on=True,
+        )
+        which.compile(decode_weights(1))
+        programs = which.num_compiled()
+        slots = which._programs.empty()
+        arguments = (
+            decode_weights(1),
+            slots,
+            np.zeros((8, MAX_NEW), np.int32),
+            np.zeros(8, np.int32),
+        )
+        compiled = which._programs.replay.lower(*arguments).compile()
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((slots.prompts, slots.cache)))
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
+    rest(which, [Request([1, 2], 0, 2, begun={1: Begun((3,), np.zeros(1, np.float32))})])
+    assert which.num_compiled() == programs
+
+
+@pytest.mark.parametrize("length", [0, MAX_NEW])
+def test_a_completion_that_cannot_go_on_is_an_error(length):
+    begun = {0: Begun((1,) * length, np.zeros(length, np.float32))}
+    with pytest.raises(ValueError, match=f"goes on behind {length} tokens; between 1 and 11"):
+        rest(engine(), [Request([1, 2], 0, 1, begun=begun)])

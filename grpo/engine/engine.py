@@ -7,21 +7,22 @@ moment it sees its end, so that scoring runs while the rest still decode, and gi
 further samples of their prompt, or a prompt whose slots are all free another one.
 
 A sample depends on its key, its prompt's stream and its sample number only: never on the slot it
-ran in, on what else was running, or on the mesh.
+ran in, on what else was running, or on the mesh. One that was begun in an earlier rollout goes on
+as if it had never stopped: its tokens are read again, with the weights of now.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from grpo.data.tokenizer import Tokenizer
-from grpo.engine.placement import Placement, Queue
+from grpo.engine.placement import Queue
 from grpo.engine.programs import Programs, Slots, Start
 from grpo.engine.sampling import Filters
 from grpo.model.arch import Arch
@@ -31,16 +32,40 @@ from grpo.structs import EOS, LENGTH, STOP, Completion
 
 _REFILL_SHARE = 8  # refill once 1/8 of the slots are idle: fewer, larger prefills
 _BUSY_TOKENS = 512  # of a prefill
+_REPLAY_TOKENS = 512  # of one pass over completions begun earlier, all slots together
 _SHORTEST = 64  # of the lengths that prompts and views come in: 64, 128, 256 ...
+
+
+class Begun(NamedTuple):
+    """A completion so far: its tokens, and float32 nats of each from the sampler of its time."""
+
+    tokens: tuple[int, ...]
+    logprobs: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Samples wanted of one prompt. `stream` names the prompt to the random numbers (uint32)."""
+    """Samples wanted of one prompt.
+
+    Attributes:
+      prompt: token ids.
+      stream: names the prompt to the random numbers (uint32).
+      num_samples: they are numbered from 0.
+      done: samples that are there already, and not sampled.
+      begun: sample -> what it has written, for those that go on.
+    """
 
     prompt: Sequence[int]
     stream: int
     num_samples: int
+    done: Collection[int] = ()
+    begun: Mapping[int, Begun] = dataclasses.field(default_factory=dict)
+
+    @property
+    def wanted(self) -> list[int]:
+        """The samples to be sampled, those begun first: they are nearest to their ends."""
+        open_ = [sample for sample in range(self.num_samples) if sample not in self.done]
+        return sorted(open_, key=lambda sample: sample not in self.begun)
 
 
 @dataclasses.dataclass
@@ -48,7 +73,7 @@ class EngineStats:
     """What a rollout cost.
 
     Attributes:
-      tokens: sampled and wanted.
+      tokens: sampled in this rollout and wanted.
       prompt_tokens: read.
       passes: through the model, to decode.
       slot_steps: slots x passes; `tokens` over this is the occupancy (above 1 where good guesses
@@ -73,7 +98,11 @@ class _Running:
     sample: int
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    begun: int = 0  # of its tokens are from an earlier rollout
     done: bool = False
+
+    def sampled(self) -> int:
+        return len(self.tokens) - self.begun
 
 
 @dataclasses.dataclass
@@ -84,6 +113,19 @@ class _Dispatch:
     logprobs_NB: jax.Array
     passes: jax.Array
     owners: list[_Running | None]
+
+
+def _begin(request: int, sample: int, begun: dict[tuple[int, int], Begun]) -> _Running:
+    """The owner of a slot, with what it wrote before taken out of `begun`."""
+    so_far = begun.pop((request, sample), None)
+    if so_far is None:
+        return _Running(request, sample)
+    written = list(so_far.tokens)
+    return _Running(request, sample, written, so_far.logprobs.tolist(), begun=len(written))
+
+
+def _so_far(owner: _Running) -> Begun:
+    return Begun(tuple(owner.tokens), np.array(owner.logprobs, np.float32))
 
 
 def _is_ready(dispatch: _Dispatch) -> bool:
@@ -130,6 +172,8 @@ class Engine:
       tail_slots: once nothing is queued and no more completions than this are left, they go on by
         themselves in a smaller state; 0: never.
       draft_tokens: guessed ahead there, from what the text repeats; fewer than a dispatch has.
+      goes_on: requests may hold completions begun in an earlier rollout; `compile` then makes the
+        program that reads them.
     """
 
     def __init__(
@@ -147,6 +191,7 @@ class Engine:
         stop_strings: tuple[str, ...] = (),
         tail_slots: int = 0,
         draft_tokens: int = 0,
+        goes_on: bool = False,
     ):
         ways = batch_ways(mesh)
         if tail_slots % ways or tail_slots > slots // 2:
@@ -174,7 +219,7 @@ class Engine:
         self.max_prompt, self.max_new, self.num_slots = max_prompt, max_new, slots
         self.slots_per_prompt, self.num_prompts = slots_per_prompt, slots // slots_per_prompt
         self.tokens_per_dispatch = tokens_per_dispatch
-        self.stop_strings = stop_strings
+        self.stop_strings, self.goes_on = stop_strings, goes_on
         self.tail_slots, self.draft_tokens = tail_slots, draft_tokens
         # A token is at least a byte, so a stop string lies within this many last tokens; the
         # margin is for a character split over tokens.
@@ -186,6 +231,7 @@ class Engine:
         self._prefill_rows = min(self.num_prompts, few)
         self._prompt_lengths, self._views = buckets(max_prompt), buckets(max_new)
         self.stats = EngineStats()
+        self.unfinished: dict[tuple[int, int], Begun] = {}
         self._programs = Programs(
             arch,
             mesh,
@@ -195,6 +241,7 @@ class Engine:
             max_new=max_new,
             num_tokens=tokens_per_dispatch,
             stop_ids=tuple(tokenizer.eos_ids),
+            replayed=min(max_new, max(tokens_per_dispatch, _REPLAY_TOKENS // slots)),
             dtype=dtype,
         )
 
@@ -219,7 +266,10 @@ class Engine:
             slots = self._programs.admit(
                 weights, slots, tokens_RQ, np.zeros(R, np.int32), nowhere_R
             )
-        jax.block_until_ready(self._programs.start(slots, self._nobody(), jax.random.key(0)))
+        slots = self._programs.start(slots, self._nobody(), jax.random.key(0))
+        if self.goes_on:
+            slots = self._replay(weights, slots, {})
+        jax.block_until_ready(slots)
 
     def num_compiled(self) -> int:
         """Programs compiled so far; constant once every shape has been seen."""
@@ -233,6 +283,7 @@ class Engine:
         *,
         temperature: float,
         filters: Filters | None = None,
+        enough: Callable[[], bool] = lambda: False,
     ) -> Iterator[Completion]:
         """Yields every completion as it ends, in no particular order.
 
@@ -242,28 +293,34 @@ class Engine:
           key: of this rollout; two requests with the same stream get the same random numbers.
           temperature: divides the logits; 0 takes the likeliest token.
           filters: of the tokens that may be drawn.
+          enough: looked at after each dispatch, when what ended in it has been handed out; True
+            ends the rollout. The dispatch that is then on its way is still read, since the devices
+            compute it anyway, so a few more completions may come. What has not ended is in
+            `unfinished` afterwards: (number of the request, sample) -> tokens and log-probs so
+            far. Where dispatches end decides, not when, so equal rollouts stop equally.
         """
-        for request in requests:
-            if not 0 < len(request.prompt) <= self.max_prompt:
-                raise ValueError(
-                    f"a prompt of {len(request.prompt)} tokens; between 1 and {self.max_prompt} "
-                    "are allowed (data.max_prompt_tokens)"
-                )
-        self.stats = stats = EngineStats()
-        started = time.monotonic()
-        queue = Queue([r.num_samples for r in requests], self.num_prompts, self.slots_per_prompt)
+        self._check(requests)
+        self.stats, self.unfinished = EngineStats(), {}
+        stats, started = self.stats, time.monotonic()
+        wanted = [request.wanted for request in requests]
+        queue = Queue([len(samples) for samples in wanted], self.num_prompts, self.slots_per_prompt)
+        begun = {(n, s): b for n, request in enumerate(requests) for s, b in request.begun.items()}
         slots = self._programs.empty()
         running: list[_Running | None] = [None] * self.num_slots
         halted_B = np.zeros(self.num_slots, bool)
         ahead: _Dispatch | None = None
         looked = time.monotonic()
-        while queue.left() or any(running):
+        while (queue.left() or any(running)) and not enough():
             if queue.left():
                 placed = queue.place([owner is not None for owner in running], self._threshold)
-                if placed.samples:
-                    slots = self._refill(weights, slots, requests, placed, key)
-                for slot, (number, sample) in placed.samples.items():
-                    running[slot], halted_B[slot] = _Running(number, sample), False
+                new = {
+                    slot: _begin(number, wanted[number][nth], begun)
+                    for slot, (number, nth) in placed.samples.items()
+                }
+                if new:
+                    slots = self._refill(weights, slots, requests, placed.prompts, new, key)
+                for slot, owner in new.items():
+                    running[slot], halted_B[slot] = owner, False
             elif self._is_tail(queue, running):
                 if ahead is not None:  # who is left is known once everything is read
                     yield from self._read(ahead, running, np.zeros(len(running), bool))
@@ -292,7 +349,26 @@ class Engine:
                 looked = time.monotonic()
                 stats.seconds = looked - started
                 yield from ended
+        if ahead is not None and any(running):
+            yield from list(self._read(ahead, running, halted_B))
+        left = [owner for owner in running if owner is not None]
+        stats.tokens += sum(owner.sampled() for owner in left)
+        self.unfinished = begun | {(o.request, o.sample): _so_far(o) for o in left if o.tokens}
         stats.seconds = time.monotonic() - started
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if not 0 < len(request.prompt) <= self.max_prompt:
+                raise ValueError(
+                    f"a prompt of {len(request.prompt)} tokens; between 1 and {self.max_prompt} "
+                    "are allowed (data.max_prompt_tokens)"
+                )
+            for begun in request.begun.values():
+                if not 0 < len(begun.tokens) < self.max_new:
+                    raise ValueError(
+                        f"a completion goes on behind {len(begun.tokens)} tokens; between 1 and "
+                        f"{self.max_new - 1} are allowed (sample.max_new_tokens)"
+                    )
 
     def _decode(
         self,
@@ -351,13 +427,10 @@ class Engine:
             if finish:
                 owner.done = halted_B[slot] = True
                 running[slot] = None
-                self.stats.tokens += len(owner.tokens)
+                self.stats.tokens += owner.sampled()
+                tokens, logprobs = _so_far(owner)
                 yield Completion(
-                    owner.request,
-                    owner.sample,
-                    tuple(owner.tokens),
-                    np.array(owner.logprobs, np.float32),
-                    finish,
+                    owner.request, owner.sample, tokens, logprobs, finish, carried=owner.begun
                 )
 
     def _refill(
@@ -365,20 +438,31 @@ class Engine:
         weights: Params,
         slots: Slots,
         requests: Sequence[Request],
-        placed: Placement,
+        prompts: Sequence[tuple[int, int]],
+        new: Mapping[int, _Running],
         key: jax.Array,
     ) -> Slots:
-        """Begins the samples; prompts that are new to their place are read first."""
+        """Puts the owners `new` into their slots; prompts new to their place are read first."""
         R = self._prefill_rows
-        for first in range(0, len(placed.prompts), R):
-            slots = self._admit(weights, slots, requests, placed.prompts[first : first + R])
+        for first in range(0, len(prompts), R):
+            slots = self._admit(weights, slots, requests, prompts[first : first + R])
         start = self._nobody()
-        for slot, (number, sample) in placed.samples.items():
+        for slot, owner in new.items():
             start.take_B[slot] = True
-            start.token_B[slot] = requests[number].prompt[-1]
-            start.stream_B[slot] = requests[number].stream
-            start.sample_B[slot] = sample
-        return self._programs.start(slots, start, key)
+            start.token_B[slot] = requests[owner.request].prompt[-1]
+            start.stream_B[slot] = requests[owner.request].stream
+            start.sample_B[slot] = owner.sample
+        slots = self._programs.start(slots, start, key)
+        begun = {slot: owner for slot, owner in new.items() if owner.begun}
+        return self._replay(weights, slots, begun) if begun else slots
+
+    def _replay(self, weights: Params, slots: Slots, begun: Mapping[int, _Running]) -> Slots:
+        """Reads what the owners of these slots, just started, had written before."""
+        begun_BC = np.full((self.num_slots, self.max_new), -1, np.int32)
+        begun_B = np.zeros(self.num_slots, np.int32)
+        for slot, owner in begun.items():
+            begun_BC[slot, : owner.begun], begun_B[slot] = owner.tokens, owner.begun
+        return self._programs.replay(weights, slots, begun_BC, begun_B)
 
     def _admit(
         self,

@@ -57,6 +57,7 @@ class Programs:
       max_new: longest completion, tokens.
       num_tokens: sampled a dispatch, at most.
       stop_ids: tokens that end a completion.
+      replayed: tokens a slot is fed at a time when it goes on with a completion already begun.
       dtype: of the cache.
     """
 
@@ -71,6 +72,7 @@ class Programs:
         max_new: int,
         num_tokens: int,
         stop_ids: tuple[int, ...],
+        replayed: int,
         dtype: str,
     ):
         make = partial(
@@ -93,6 +95,11 @@ class Programs:
         )
         # A partial of its own: engines would share, and count, one cache of programs otherwise.
         self.start = jax.jit(partial(_start), donate_argnames="slots", out_shardings=layout)
+        self.replay = jax.jit(
+            partial(_replay, arch=arch, chunk=replayed),
+            donate_argnames="slots",
+            out_shardings=layout,
+        )
         self.decode = jax.jit(
             partial(_decode, arch=arch, num_tokens=num_tokens, max_new=max_new, stop_ids=stop_ids),
             donate_argnames="slots",
@@ -103,7 +110,14 @@ class Programs:
 
     def num_compiled(self) -> int:
         """How many there are by now."""
-        programs: Any = (self.empty, self.admit, self.start, self.decode, self.compact)
+        programs: Any = (
+            self.empty,
+            self.admit,
+            self.start,
+            self.replay,
+            self.decode,
+            self.compact,
+        )
         return sum(program._cache_size() for program in programs)
 
 
@@ -183,6 +197,55 @@ def _start(slots: Slots, start: Start, key: jax.Array) -> Slots:
         history_BC=jnp.where(start.take_B[:, None], -1, slots.history_BC),
         key_B2=jnp.where(start.take_B[:, None], new_key_B2, slots.key_B2),
         active_B=slots.active_B | start.take_B,
+    )
+
+
+def _replay(
+    weights: Params,
+    slots: Slots,
+    begun_BC: jax.Array,
+    begun_B: jax.Array,
+    *,
+    arch: Arch,
+    chunk: int,
+) -> Slots:
+    """Slots that have just started go on with what was written before.
+
+    Feeds the prompt's last token and all but the last of `begun_BC` through the model, `chunk`
+    tokens of every slot at a time and nothing sampled; the last one is fed by the next decode.
+    What a chunk writes behind a slot's own tokens is never looked at: decoding writes over it.
+
+    Args:
+      weights: the decode form.
+      slots: those of `begun_B` > 0 as `_start` leaves them.
+      begun_BC: their tokens, -1 behind the last.
+      begun_B: how many; 0 leaves a slot as it is.
+      arch: shape of the model.
+      chunk: tokens fed at a time.
+    """
+    C, take_B = begun_BC.shape[1], begun_B > 0
+    fed_BC = jnp.concatenate([slots.token_B[:, None], jnp.maximum(begun_BC[:, :-1], 0)], axis=1)
+    fed_BC = jnp.pad(fed_BC, ((0, 0), (0, -C % chunk)))
+
+    def more(carry: tuple[jax.Array, list[KV]]) -> jax.Array:
+        return carry[0] < begun_B.max()
+
+    def body(carry: tuple[jax.Array, list[KV]]) -> tuple[jax.Array, list[KV]]:
+        fed, cache = carry
+        fed_BT = jax.lax.dynamic_slice_in_dim(fed_BC, fed, chunk, axis=1)
+        place_B = jnp.where(fed < begun_B, fed, C)  # C is nowhere
+        _, cache = decode_step(
+            weights, arch, slots.prompts, slots.prompt_len_P, cache, fed_BT, place_B
+        )
+        return fed + chunk, cache
+
+    _, cache = jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), slots.cache))
+    last_B = jnp.take_along_axis(begun_BC, jnp.maximum(begun_B - 1, 0)[:, None], axis=1)[:, 0]
+    return slots.replace(
+        cache=cache,
+        token_B=jnp.where(take_B, last_B, slots.token_B),
+        written_B=jnp.where(take_B, begun_B, slots.written_B),
+        history_BC=jnp.where(take_B[:, None], begun_BC, slots.history_BC),
     )
 
 
