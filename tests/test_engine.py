@@ -575,7 +575,8 @@ def test_a_rollout_that_is_ended_early_can_be_gone_on_with(base, dispatch, tail)
     found: Samples = {}
     rollouts = 0
     while len(found) < len(base):
-        rollouts, before, counted = rollouts + 1, len(found), []
+        counted: list[Completion] = []
+        rollouts, before = rollouts + 1, len(found)
 
         def enough(counted=counted):
             return len(counted) >= 4
@@ -633,7 +634,8 @@ def test_a_replay_is_compiled_beforehand_and_in_place():
         )
         compiled = which._programs.replay.lower(*arguments).compile()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((slots.prompts, slots.cache)))
-    assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
+    memory: Any = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes
     rest(which, [Request([1, 2], 0, 2, begun={1: Begun((3,), np.zeros(1, np.float32))})])
     assert which.num_compiled() == programs
 

@@ -80,8 +80,8 @@ class Judge:
 PROBLEMS = [Problem(uid=str(n), prompt="a", reference=None) for n in range(10)]
 
 
-def step(script: Script, groups: list[Group], wanted: int):
-    judge = Judge()
+def step(script: Any, groups: list[Group], wanted: int):
+    judge: Any = Judge()
     found = first_complete(
         script, judge, {}, PROBLEMS, groups, wanted, jax.random.key(0), temperature=1.0
     )
@@ -297,7 +297,8 @@ def test_the_correction_is_on(tmp_path, oversample, corrected, monkeypatch):
     config = tiny(algo__oversample=oversample)
     with ExitStack() as stack:
         built = build(config, tmp_path, stack, baseline=config)
-        built.update._first.__wrapped__.keywords["objective"]()
+        program: Any = built.update._first
+        program.__wrapped__.keywords["objective"]()
     assert seen[0]["on_policy"]
     assert (seen[0]["correction"] is not loss.uncorrected) == corrected
     assert (built.state_like.carried is not None) == corrected

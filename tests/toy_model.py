@@ -115,7 +115,7 @@ def ragged_samples(groups: int = 8, group_size: int = 4, seed: int = 0) -> list[
             completion=completion,
             trains=bool(rng.random() < 0.9),
             advantage=float(np.float32(rng.normal())),
-            **{n: rng.normal(-3.5, 0.5, len(completion)).astype("f4") for n in TOKEN_VALUES},
+            **{n: rng.normal(-3.5, 0.5, len(completion)).astype("f4") for n in TOKEN_VALUES},  # type: ignore[arg-type]
         )
 
     prompts = [rng.integers(0, 30, rng.integers(1, MAX_PROMPT + 1)).tolist() for _ in range(groups)]
