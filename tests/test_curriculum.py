@@ -243,7 +243,7 @@ def test_forgetting_the_rates_would_have_shown(straight, tmp_path, monkeypatch):
     """The test above says something only if the choices after the stop depend on them."""
     run(tiny(num_steps=1), tmp_path)
     monkeypatch.setattr(
-        "grpo.train.choose", lambda known, considered, count: choose(None, considered, count)
+        "grpo.ask.choose", lambda known, considered, count: choose(None, considered, count)
     )
     run(tiny(), tmp_path)
     asked, other = (

@@ -70,10 +70,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def timeless(path: Path) -> list[dict[str, Any]]:
     """Rows without the fields that measure the machine."""
-    return [
-        {n: v for n, v in row.items() if not n.startswith("time/") and "tokens_per_s" not in n}
-        for row in rows(path)
-    ]
+    machine = ("time/", "rollout/tokens_per_s", "rollout/idle_share", "sft/tokens_per_s")
+    return [{n: v for n, v in row.items() if not n.startswith(machine)} for row in rows(path)]
 
 
 def assert_same_files(workdir: Path, other: Path) -> None:
