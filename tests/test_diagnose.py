@@ -537,7 +537,7 @@ def test_no_run_is_an_error(tmp_path):
 
 # ---- Recorded runs -----------------------------------------------------------------------------
 
-RECORDED = Path(__file__).parent / "golden" / "runs"  # made by tools/record_failing_runs.py
+RECORDED = Path(__file__).parent / "golden" / "recorded"  # made by tools/record_failing_runs.py
 
 # name -> what must be found, the first of them first
 FOUND = {

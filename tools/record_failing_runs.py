@@ -1,6 +1,6 @@
 """Record small runs that fail, each in its own way, for the tests of the diagnosis.
 
-    python tools/record_failing_runs.py WORK [--out=tests/golden/runs] [--only=healthy,too_hard]
+    python tools/record_failing_runs.py WORK [--out=tests/golden/recorded] [--only=healthy,too_hard]
 
 trains the model of experiments/tiny.py from one cold start (made once, in WORK/cold_start) for
 twenty steps with each of the settings below, in WORK/NAME, and keeps in OUT/NAME what the diagnosis
@@ -221,7 +221,7 @@ def shortened(row: dict[str, Any]) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("work", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "tests/golden/runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "tests/golden/recorded")
     parser.add_argument("--only", default=",".join(BROKEN), help="names, separated by commas")
     parsed = parser.parse_args()
     parsed.only = parsed.only.split(",")
