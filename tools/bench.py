@@ -336,6 +336,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(args)
     started = time.perf_counter()
     bench.engine.compile(bench.weights())
+    empty = to_device(pack([], bench.row_shape).microbatches[0], bench.policy.mesh)
+    bench.update.compile(bench.state.params, empty)
     bench.rollout(0)
     bench.learn(0)
     compile_s = time.perf_counter() - started
