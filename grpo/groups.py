@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from grpo.advantage import has_signal
-from grpo.structs import Completion, Rollout, Scores
+from grpo.structs import SOLVED, Completion, Rollout, Scores
 from rewards.api import Problem
 
 # problems wanted, number of the round -> their rollout, scores and metrics
@@ -69,7 +69,7 @@ def flat_metrics(scores: Scores) -> dict[str, float]:
     """Shares of groups that teach nothing, by how they did on the verifier, the first component."""
     flat_P = ~has_signal(scores.reward_PG, scores.valid_PG) & scores.valid_PG.any(axis=1)
     verifier_PG = next(iter(scores.components.values()))
-    right_P = (np.where(scores.valid_PG, verifier_PG, np.inf) >= 1.0 - 1e-6).all(axis=1)
+    right_P = (np.where(scores.valid_PG, verifier_PG, np.inf) >= SOLVED).all(axis=1)
     return {
         "groups/all_right": float((flat_P & right_P).mean()),
         "groups/all_wrong": float((flat_P & ~right_P).mean()),

@@ -7,11 +7,10 @@ import numpy as np
 
 from grpo.config import RewardConfig
 from grpo.data.sources import ProblemSource
-from grpo.structs import Scores
+from grpo.structs import SOLVED, Scores
 from rewards.api import Facts, Problem, Score
 from rewards.pool import RewardPool
 
-SOLVED = 1.0 - 1e-6  # the verifier's score from which on a completion counts as right
 _TROUBLES = ("timeouts", "crashes", "lost", "unavailable", "retries", "restarts")
 _MAX_WRONG_GOLD = 0.05  # share of gold answers that may be judged wrongly before a run refuses
 

@@ -22,6 +22,7 @@ from flax import struct
 from rewards.api import Problem
 
 EOS, STOP, LENGTH = "eos", "stop", "length"  # why a completion ended
+SOLVED = 1.0 - 1e-6  # the verifier's score from which on a completion counts as right
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ import dataclasses
 import json
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -454,8 +455,6 @@ def main() -> None:
     if args.part != "all":
         print(json.dumps(measure(args)))
         return
-    import subprocess
-
     print("| work | rollout tok/s | of limit | update s | of limit | step s | peak GiB |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for flags in TABLE:  # a process each: the peak of memory is a process's
