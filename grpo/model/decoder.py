@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from grpo.model.arch import Arch
 from grpo.model.params import Params
+from grpo.model.stack import scan_layers
 from grpo.sharding import DECODE_RULES, shard
 
 _PRODUCTS = ("q", "k", "v", "attn_out", "residual", "gate", "up")  # named in `block`
@@ -171,7 +172,7 @@ def hidden_states(
     """Final, normed hidden states [R, T, D] of packed rows (see `grpo.structs.Batch`).
 
     Args:
-      params: the train form.
+      params: the train form; its layers may be `Summed` (grpo/model/stack.py).
       arch: shape of the model.
       tokens_RT: int32 ids.
       positions_RT: int32.
@@ -186,13 +187,13 @@ def hidden_states(
         mixed = tree_attention(q, k, v, groups_RT, branches_RT)
         return checkpoint_name(mixed, "attn_out"), None
 
-    def layer(x_RTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-        return block(weights, shard(x_RTD, "batch", None, None), positions_RT, arch, attend)
+    def layer(x_RTD: jax.Array, weights: Params) -> jax.Array:
+        return block(weights, shard(x_RTD, "batch", None, None), positions_RT, arch, attend)[0]
 
     if remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
     x_RTD = shard(params["embed"].astype(dtype)[tokens_RT], "batch", None, None)
-    x_RTD, _ = jax.lax.scan(layer, x_RTD, params["layers"])
+    x_RTD = scan_layers(layer, x_RTD, params["layers"])
     return rms_norm(x_RTD, params["final_norm"].astype(dtype), arch.norm_eps)
 
 
