@@ -73,7 +73,10 @@ def capped(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def rotary(
-    x_BTNH: jax.Array, positions_BT: jax.Array, frequency_h: jax.Array, gain: float = 1.0
+    x_BTNH: jax.Array,
+    positions_BT: jax.Array,
+    frequency_h: jax.Array | np.ndarray,
+    gain: float = 1.0,
 ) -> jax.Array:
     """Rotates pairs (h, h + H/2) by position * frequency (arXiv:2104.09864), times `gain`."""
     half = x_BTNH.shape[-1] // 2
