@@ -28,8 +28,8 @@ from grpo.model.gguf_out import GGUF_DTYPES, write_gguf
 from grpo.model.params import Params, param_table
 from grpo.model.weights_out import DTYPES, write_safetensors
 from grpo.model_card import model_card
-from grpo.sharding import make_mesh, param_shardings
-from grpo.source import Source, open_source
+from grpo.sharding import param_shardings
+from grpo.source import Source, fitting_mesh, open_source
 
 _USAGE = "usage: python -m grpo.export WORKDIR OUT [--dtype=bfloat16] [--step=N] [--base=MODEL]"
 _GB = 10**9
@@ -62,7 +62,7 @@ def export(
         raise ValueError(f"--dtype={dtype}: {kind} has one of {', '.join(dtypes)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already; name another place, or remove it")
-    mesh = make_mesh(1, *_ways(source, jax.device_count()))
+    mesh = fitting_mesh(source.arch)
     with jax.set_mesh(mesh), _whole(out) as partial_out:
         params = source.read(param_shardings(param_table(source.arch), mesh))
         if is_gguf:
@@ -123,20 +123,6 @@ def _from_folder(source: Source, name: str) -> dict[str, Any]:
     if source.files is None or not (source.files / name).is_file():
         return {}
     return json.loads((source.files / name).read_text(encoding="utf-8"))
-
-
-def _ways(source: Source, devices: int) -> tuple[int, int]:
-    """A mesh (fsdp, tensor) over all devices that divides the model's axes."""
-    arch = source.arch
-    for fsdp in sorted((n for n in range(1, devices + 1) if devices % n == 0), reverse=True):
-        tensor = devices // fsdp
-        split = (arch.vocab_size, arch.num_kv_heads, arch.num_heads, arch.mlp_width)
-        if arch.width % fsdp == 0 and not any(size % tensor for size in split):
-            return fsdp, tensor
-    raise ValueError(
-        f"no mesh over {devices} devices divides this model's width {arch.width} and heads "
-        f"{arch.num_kv_heads}; use fewer devices (JAX_PLATFORMS=cpu is enough to export)"
-    )
 
 
 @contextmanager

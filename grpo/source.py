@@ -8,14 +8,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from grpo import fetch
 from grpo.checkpoint import read_params, saved_steps
 from grpo.config import ModelConfig
 from grpo.data.tokenizer import Tokenizer, load_tokenizer
 from grpo.model.arch import Arch
-from grpo.model.params import Params, ParamSpec
+from grpo.model.params import Params, ParamSpec, param_table
 from grpo.model.weights import load_weights, read_arch
+from grpo.sharding import make_mesh, param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,26 @@ def config_of(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     return config if isinstance(config, dict) else {}
+
+
+def fitting_mesh(arch: Arch) -> Mesh:
+    """A mesh over all devices that divides this model's axes, split by `tensor` as far as can be.
+
+    Raises:
+      ValueError: there is none.
+    """
+    devices = jax.device_count()
+    for fsdp in (n for n in range(1, devices + 1) if devices % n == 0):
+        mesh = make_mesh(1, fsdp, devices // fsdp)
+        try:
+            param_shardings(param_table(arch), mesh)
+        except ValueError:
+            continue
+        return mesh
+    raise ValueError(
+        f"no mesh over {devices} devices divides this model's axes (width {arch.width}, "
+        f"{arch.num_kv_heads} key/value heads); use fewer devices"
+    )
 
 
 def new_arch(model: ModelConfig, vocab_size: int) -> Arch:
