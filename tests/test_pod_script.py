@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -80,7 +81,7 @@ PRINTED = {
 def pod(*argv: str, cwd: Path = ROOT, env: dict[str, str] | None = None):
     command = ["bash", str(cwd / "tools/tpu_pod.sh"), *argv]
     return subprocess.run(
-        command, capture_output=True, text=True, env=env or dict(os.environ), timeout=60
+        command, capture_output=True, text=True, env=env or dict(os.environ), timeout=300
     )
 
 
@@ -89,6 +90,15 @@ def test_dry_run_prints_every_command(command):
     done = pod(command, *FLAGS, "--dry_run", *LAUNCH)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == PRINTED[command]
+
+
+def test_the_documented_commands_print_what_the_document_says():
+    text = (ROOT / "docs/pods.md").read_text()
+    blocks = re.findall(r"^```\n\$ (tools/tpu_pod.sh .+)\n((?:.+\n)+)```$", text, re.M)
+    assert len(blocks) == 3
+    for command, printed in blocks:
+        done = pod(*shlex.split(command)[1:])
+        assert done.stdout == printed, done.stderr
 
 
 def test_every_flag_reaches_its_command():
@@ -189,7 +199,7 @@ TRAINER = """\
 for flag in "${@:3}"; do printf '%s\\0' "$flag"; done >>"$HOME/flags"
 trap 'exit 143' TERM
 echo training
-while [ ! -s "$HOME/leave" ]; do sleep 0.05; done
+while [ ! -s "$HOME/leave" ] && ((SECONDS < 300)); do sleep 0.05; done
 exit "$(cat "$HOME/leave")"
 """
 
@@ -212,7 +222,7 @@ class Cloud:
         self.git("init", "--quiet")
         self.git("add", ".")
         self.git("-c", "user.name=n", "-c", "user.email=e", "commit", "--quiet", "-m", "first")
-        self._program(bin / "gcloud", f"#!{sys.executable}\n{GCLOUD}")
+        self._program(bin / "gcloud", f"#!{sys.executable} -IS\n{GCLOUD}")
         self._program(bin / "uv", UV)
         self._program(self.home / "trainer", TRAINER)
         self.env = {
