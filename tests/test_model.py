@@ -16,8 +16,9 @@ from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
 from grpo import fetch
 from grpo.batch import RowShape, Sample, pack, unpack
 from grpo.engine.engine import Engine, Request
-from grpo.model import decoder
+from grpo.model import attention
 from grpo.model.arch import REMAT_CHOICES, Arch
+from grpo.model.attention import shared_prefix_attention, tree_attention, tree_mask
 from grpo.model.decoder import (
     decode_step,
     empty_cache,
@@ -26,10 +27,7 @@ from grpo.model.decoder import (
     linear,
     prefill,
     rotary,
-    shared_prefix_attention,
     to_decode,
-    tree_attention,
-    tree_mask,
 )
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params, init_params, map_table, num_params, param_table
@@ -208,7 +206,7 @@ def test_attention_by_blocks_is_attention(monkeypatch, block):
     qkv = [jnp.asarray(rng.normal(size=(2, T, heads, H)), jnp.float32) for heads in (N, K, K)]
     groups_RT, branches_RT = some_tree(T)
     used_RT11 = (groups_RT > 0)[..., None, None]
-    assert decoder._BLOCK > T
+    assert attention._BLOCK > T
 
     def in_blocks_of(size: int):
         def run(qkv):
@@ -217,7 +215,7 @@ def test_attention_by_blocks_is_attention(monkeypatch, block):
             out = tree_attention(q_RTNH, k_RTKH, v_RTKH, *tree) * used_RT11
             return jnp.sum(jnp.sin(out)), out
 
-        monkeypatch.setattr(decoder, "_BLOCK", size)
+        monkeypatch.setattr(attention, "_BLOCK", size)
         return jax.jit(jax.value_and_grad(run, has_aux=True))(qkv)
 
     jax.tree.map(close, in_blocks_of(block), in_blocks_of(T))
