@@ -30,7 +30,7 @@ class Sample:
       advantage: of the whole completion.
       old_logprobs, sampler_logprobs, ref_logprobs: float32 nats, one a completion token; None is
         zeros. See `Batch`.
-      carried: as in `Completion`.
+      carried, routes: as in `Completion`.
     """
 
     group: int
@@ -42,6 +42,7 @@ class Sample:
     sampler_logprobs: np.ndarray | None = None
     ref_logprobs: np.ndarray | None = None
     carried: int = 0
+    routes: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +53,14 @@ class RowShape:
       rows: R, of a microbatch, over all devices.
       tokens: T, prompt and completion slots of a row.
       completion_tokens: C, completion slots of a row.
+      routed: (L, k), layers with experts and experts a token goes to there, where rows say which;
+        None: they do not.
     """
 
     rows: int
     tokens: int
     completion_tokens: int
+    routed: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,7 @@ def row_shape(
     microbatch_tokens: int,
     ways: int,
     attention_share: float,
+    routed: tuple[int, int] | None = None,
 ) -> RowShape:
     """How long rows are, and how many a microbatch has.
 
@@ -100,6 +105,7 @@ def row_shape(
       microbatch_tokens: slots each device works on at a time; at least one row.
       ways: parts the mesh splits rows into.
       attention_share: a, see `grpo.model.params.attention_share`.
+      routed: as in `RowShape`.
     """
 
     def slots(k: int) -> int:
@@ -113,7 +119,7 @@ def row_shape(
     k = min(fitting, key=cost)
     most = math.ceil(math.ceil(samples / k) / ways)
     rows = max(1, min(microbatch_tokens // slots(k), most)) * ways
-    return RowShape(rows=rows, tokens=slots(k), completion_tokens=k * max_new)
+    return RowShape(rows=rows, tokens=slots(k), completion_tokens=k * max_new, routed=routed)
 
 
 def totals(samples: Sequence[Sample]) -> Totals:
@@ -188,6 +194,7 @@ def _empty(rows: int, shape: RowShape) -> Batch:
         mask_RC=zeros(C, np.bool_),
         **values,
         carried_RC=zeros(C, np.bool_),
+        routes_RTLk=np.full((rows, T, *shape.routed), -1, np.int16) if shape.routed else None,
     )
 
 
@@ -203,6 +210,9 @@ def _lay_out(
         batch.tokens_RT[row, here] = prompt
         batch.positions_RT[row, here] = np.arange(len(prompt))
         batch.groups_RT[row, here] = number
+        routed = batch.routes_RTLk
+        if routed is not None and (first := samples[indices[0]].routes) is not None:
+            routed[row, here] = first[: len(prompt)]  # the prompt was read once for all
         slot += len(prompt)
         last_of_prompt = slot - 1
         for index in indices:
@@ -216,6 +226,9 @@ def _lay_out(
             batch.contexts_RC[row, there] = [last_of_prompt, *range(slot, slot + length - 1)][
                 :length
             ]
+            if routed is not None and sample.routes is not None:
+                # Nothing follows a completion's last token, so the sampler never fed it.
+                routed[row, slot : slot + length - 1] = sample.routes[len(prompt) :]
             batch.targets_RC[row, there] = sample.completion
             batch.sequences_RC[row, there] = branch - 1
             batch.mask_RC[row, there] = sample.trains

@@ -100,7 +100,7 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
     policy = make_policy(config)
     stack.enter_context(jax.set_mesh(policy.mesh))
     algo, optim, sample = config.algo, config.optim, config.sample
-    max_prompt = config.data.max_prompt_tokens
+    max_prompt, experts = config.data.max_prompt_tokens, policy.arch.experts
     shape = row_shape(
         max_prompt=max_prompt,
         max_new=sample.max_new_tokens,
@@ -109,6 +109,7 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
         microbatch_tokens=algo.microbatch_tokens,
         ways=batch_ways(policy.mesh),
         attention_share=attention_share(policy.arch),
+        routed=(policy.arch.routed_layers, experts.per_token) if experts else None,
     )
     schedule = make_schedule(config, shape)
     rate = learning_rate(optim, optim.learning_rate, optim.warmup_updates, schedule.updates)

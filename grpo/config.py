@@ -64,6 +64,11 @@ class ModelConfig(Section):
         "checkpoint), or a name `python -m grpo.fetch` knows; empty makes a new model over bytes, "
         "of the sizes below",
     )
+    shape: str = doc(
+        "",
+        "new model: its shape, as the text of a Hugging Face config.json of any supported family, "
+        "without vocab_size; empty: of the sizes below",
+    )
     width: int = doc(256, "new model: width of the residual stream")
     mlp_width: int = doc(1024, "new model: width of the MLP")
     num_layers: int = doc(4, "new model: layers")
@@ -319,6 +324,7 @@ class MeshConfig(Section):
     data: int = doc(1, "copies of the model")
     fsdp: int = doc(-1, "ways parameters are split, gathered layer by layer")
     tensor: int = doc(1, "ways each matrix product is split")
+    expert: int = doc(1, "ways the experts of a mixture are split; rows are split by it as well")
 
 
 @dataclasses.dataclass
@@ -439,7 +445,7 @@ def validate(config: Config) -> None:
         _need(value >= 0, f"{name} is {value}; it cannot be negative")
         _need(value <= 1 or name not in _SHARES, f"{name} is {value}; it must be in [0, 1]")
     algo, sample, reward, optim = config.algo, config.sample, config.reward, config.optim
-    for axis in ("data", "fsdp", "tensor"):
+    for axis in ("data", "fsdp", "tensor", "expert"):
         size = value_of[f"mesh.{axis}"]
         _need(size > 0 or size == -1, f"mesh.{axis} is {size}; it must be positive, or -1")
     _need(algo.group_size >= 2, f"algo.group_size is {algo.group_size}; a group needs at least 2")

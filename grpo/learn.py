@@ -74,14 +74,19 @@ def _samples(rollout: Rollout, scores: Scores, *, mask_truncated: bool) -> list[
             trains=bool(valid) and not (mask_truncated and c.finish == LENGTH),
             sampler_logprobs=c.logprobs,
             carried=c.carried,
+            routes=c.routes,
         )
         for c, valid in zip(rollout.completions, valid_B, strict=True)
     ]
 
 
 def _with_logprobs(run: Run, params: Params, samples: Sequence[Sample], name: str) -> list[Sample]:
-    """The samples with log-probs of `params` under that name."""
-    packed = pack(samples, run.schedule.row_shape)
+    """The samples with log-probs of `params` under that name.
+
+    A reference chooses its experts itself: the sampler's choice is that of another policy.
+    """
+    own = [dataclasses.replace(sample, routes=None) for sample in samples]
+    packed = pack(own if name == "ref_logprobs" else samples, run.schedule.row_shape)
     values_RC = np.concatenate(
         [
             np.asarray(run.logprobs(params, to_device(batch, run.policy.mesh)))

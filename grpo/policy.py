@@ -46,7 +46,8 @@ class Policy:
 
 def make_policy(config: Config) -> Policy:
     """Reads what the model is and lays it out; weights are read only by `initial_params`."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    sizes = config.mesh
+    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.expert)
     if config.model.source:
         source = open_source(config.model.source)
         arch, tokenizer, read = source.arch, source.tokenizer, source.read

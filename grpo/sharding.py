@@ -9,29 +9,30 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo.model.params import ParamSpec, map_table
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 TRAIN_RULES: Rules = {  # logical axis -> mesh axes; None = replicated
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "layer": None,
     "vocab": "tensor",
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": "expert",
 }
 # The sampler gathers over fsdp once a step instead of once a layer and token.
 DECODE_RULES: Rules = {**TRAIN_RULES, "embed": None}
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over all devices; one of the three sizes may be -1 and takes what is left.
+def make_mesh(data: int, fsdp: int, tensor: int, expert: int = 1) -> Mesh:
+    """A mesh over all devices; one of the sizes may be -1 and takes what is left.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    sizes, devices = [data, fsdp, tensor, expert], jax.device_count()
     if sizes.count(-1) > 1:
         raise ValueError(
             f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: only one size may be -1"
@@ -41,10 +42,10 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
         sizes[sizes.index(-1)] = max(devices // rest, 1)
     if int(np.prod(sizes)) != devices:
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs "
+            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} x expert={expert} needs "
             f"{' x '.join(map(str, sizes))} = {int(np.prod(sizes))} devices, there are {devices}"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def spec(axes: tuple[str | None, ...], rules: Rules = TRAIN_RULES) -> PartitionSpec:
@@ -85,7 +86,7 @@ def param_shardings(
 
 def batch_ways(mesh: Mesh) -> int:
     """Into how many parts the mesh splits a batch axis."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
 
 
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:

@@ -15,6 +15,7 @@ from grpo.checkpoint import read_params, saved_steps
 from grpo.config import ModelConfig
 from grpo.data.tokenizer import Tokenizer, load_tokenizer
 from grpo.model.arch import Arch
+from grpo.model.families import arch_from_hf
 from grpo.model.params import Params, ParamSpec, param_table
 from grpo.model.weights import load_weights, read_arch
 from grpo.sharding import make_mesh, param_shardings
@@ -112,7 +113,13 @@ def fitting_mesh(arch: Arch) -> Mesh:
 
 
 def new_arch(model: ModelConfig, vocab_size: int) -> Arch:
-    """The shape of a model that begins as random weights."""
+    """The shape of a model that begins as random weights.
+
+    Raises:
+      ValueError: sizes that do not go together, or a `model.shape` that is not one.
+    """
+    if model.shape:
+        return _described(model.shape, vocab_size)
     if model.width % model.num_heads:
         raise ValueError(
             f"model.width ({model.width}) must be a multiple of model.num_heads "
@@ -127,6 +134,21 @@ def new_arch(model: ModelConfig, vocab_size: int) -> Arch:
         num_kv_heads=model.num_kv_heads,
         head_width=model.width // model.num_heads,
     )
+
+
+def _described(shape: str, vocab_size: int) -> Arch:
+    try:
+        fields = json.loads(shape)
+    except ValueError as error:
+        raise ValueError(f"model.shape is no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"model.shape is a JSON {type(fields).__name__}, not an object of fields")
+    if "vocab_size" in fields:
+        raise ValueError(
+            f"model.shape has a vocab_size ({fields['vocab_size']}); leave it out: the tokenizer's "
+            f"is {vocab_size}"
+        )
+    return arch_from_hf({**fields, "vocab_size": vocab_size})
 
 
 def _open_workdir(workdir: Path, step: int | None, base: str) -> Source:

@@ -36,6 +36,8 @@ class Completion:
       logprobs: float32 nats, one a token, of the distribution really sampled from.
       finish: "eos" (a stop token), "stop" (a stop string) or "length" (cut off).
       carried: of its tokens the first so many were sampled in earlier steps, by older policies.
+      routes: int16 [n, L, k], the experts that each token of prompt and completion but the last
+        went to in the sampler, in the L layers that have experts; None: the model has none.
     """
 
     problem: int
@@ -44,6 +46,7 @@ class Completion:
     logprobs: np.ndarray
     finish: str
     carried: int = 0
+    routes: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,8 @@ class Batch(struct.PyTreeNode):
       ref_logprobs_RC: float32 nats of the frozen reference; zeros if there is none.
       carried_RC: bool, the token was sampled in an earlier step, by an older policy; None: no
         token was.
+      routes_RTLk: int16, the experts that each token went to in the sampler, in the L layers that
+        have experts; -1: not known, and the router chooses. None: it chooses for all.
     """
 
     tokens_RT: Any
@@ -119,6 +124,7 @@ class Batch(struct.PyTreeNode):
     sampler_logprobs_RC: Any
     ref_logprobs_RC: Any
     carried_RC: Any = None
+    routes_RTLk: Any = None
 
 
 class Totals(NamedTuple):

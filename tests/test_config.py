@@ -36,7 +36,7 @@ def tiny(**changes: Any) -> Config:
 # Every field there is. A new one is a new promise to users: add it here when that is meant.
 SURFACE = """
     config: seed num_steps
-    config.model: source width mlp_width num_layers num_heads num_kv_heads compute_dtype remat
+    config.model: source shape width mlp_width num_layers num_heads num_kv_heads compute_dtype remat
       logprob_chunk
     config.data: train held_out max_prompt_tokens check_reference
     config.sample: temperature max_new_tokens slots slots_per_prompt tail_slots draft_tokens
@@ -55,7 +55,7 @@ SURFACE = """
       max_failure_rate max_timeout_rate max_repeated_share max_zero_id_share max_stuck_share
       degenerate_steps still_steps max_param_change max_kl_old_nats
     config.log: save_every keep_checkpoints rollouts_every
-    config.mesh: data fsdp tensor
+    config.mesh: data fsdp tensor expert
 """
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -53,12 +54,11 @@ def toy_params(arch: Arch = ARCH) -> Params:
     return jax.tree.map(jnp.array, _drawn(arch))
 
 
-def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over the first data x fsdp x tensor of the fake devices."""
-    devices = jax.devices()[: data * fsdp * tensor]
-    return jax.make_mesh(
-        (data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1) -> Mesh:
+    """A mesh over the first data x fsdp x tensor x expert of the fake devices."""
+    sizes = (data, fsdp, tensor, expert)
+    devices = jax.devices()[: math.prod(sizes)]
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 
 
 @dataclasses.dataclass(frozen=True)

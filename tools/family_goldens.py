@@ -10,35 +10,37 @@ rotary frequencies of some published models; the npz has the logits [T, V] of ea
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
 
 from tools import tiny_models
 
 
-def build(config: Any, shapes: dict[str, list[int]]) -> Any:
-    """The model with the weights that go with the names of its tensors."""
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    gemma = config.model_type.startswith("gemma")
-    values = {k: torch.from_numpy(v) for k, v in tiny_models.weights(shapes, gemma).items()}
-    missing = model.load_state_dict(values, strict=False)
-    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
-    assert missing.missing_keys == tied and not missing.unexpected_keys, missing
-    model.tie_weights()
+def build(config: dict[str, Any], shapes: dict[str, list[int]]) -> Any:
+    """The model read from a folder with the weights that go with the names of its tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_models.write_folder(Path(folder), config, shapes)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
     return model.eval()
 
 
 def stored_shapes(config: Any) -> dict[str, list[int]]:
-    """Names and shapes of what a checkpoint of this model stores; a tied head is not."""
+    """Names and shapes of what a checkpoint of this model stores."""
     model = transformers.AutoModelForCausalLM.from_config(config)
-    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    return shapes
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        with safe_open(Path(folder) / "model.safetensors", framework="numpy") as file:
+            names = list(file.keys())
+            return {name: file.get_slice(name).get_shape() for name in names}
 
 
 @torch.no_grad()
@@ -113,8 +115,8 @@ def main(out: Path) -> None:
         classes = transformers.AutoModelForCausalLM._model_mapping
         config.architectures = [classes[type(config)].__name__]
         shapes = stored_shapes(config)
-        model = build(config, shapes)
         models[name] = {"config": json.loads(config.to_json_string()), "shapes": shapes}
+        model = build(**models[name])
         for number, row in enumerate(tiny_models.TOKENS):
             arrays[f"{name}_{number}"] = logits(model, tuple(row))
         print(name, np.abs(arrays[f"{name}_0"]).max(), len(shapes), "tensors")

@@ -46,6 +46,20 @@ _PLAIN = {"rope_type": "default", "rope_theta": 100.0}
 _GEMMA: dict[str, Any] = {**_SIZES, "head_dim": 6, "tie_word_embeddings": True, "sliding_window": 4}
 _GEMMA |= {"query_pre_attn_scalar": 9, "layer_types": ["sliding_attention", "full_attention"]}
 
+_MOE = {"moe_intermediate_size": 12, "num_experts_per_tok": 2}
+_DEEPSEEK = {
+    **_SIZES,
+    **_MOE,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
+
 # What the configuration class of each model type is given.
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama2": {**_SIZES, "model_type": "llama", "hidden_size": 24, "num_key_value_heads": 4},
@@ -107,6 +121,61 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+CONFIGS = {
+    **CONFIGS,
+    "qwen3_moe": {
+        **_SIZES,
+        **_MOE,
+        "model_type": "qwen3_moe",
+        "head_dim": 10,
+        "num_experts": 5,
+        "norm_topk_prob": True,
+        "rope_parameters": _PLAIN,
+    },
+    "deepseek_v2_lite": {
+        **_DEEPSEEK,
+        "model_type": "deepseek_v2",
+        "q_lora_rank": None,
+        "n_routed_experts": 5,
+        "n_shared_experts": 2,
+        "topk_method": "greedy",
+        "rope_parameters": {**_YARN, "mscale": 0.7, "mscale_all_dim": 0.7},
+    },
+    "deepseek_v2": {
+        **_DEEPSEEK,
+        "model_type": "deepseek_v2",
+        "q_lora_rank": 14,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "topk_method": "group_limited_greedy",
+        "n_group": 3,
+        "topk_group": 2,
+        "rope_parameters": _PLAIN,
+    },
+    "deepseek_v3": {
+        **_DEEPSEEK,
+        "model_type": "deepseek_v3",
+        "q_lora_rank": 14,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.8},
+    },
+    "deepseek_v3_halves": {
+        **_DEEPSEEK,
+        "model_type": "deepseek_v3",
+        "q_lora_rank": None,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "rope_interleave": False,
+        "rope_parameters": _PLAIN,
+    },
+}
+
 # Two rows of one length and a shorter one.
 TOKENS: Sequence[Sequence[int]] = (
     (1, 17, 5, 33, 8, 21, 9, 30, 12, 39, 4),
@@ -140,5 +209,6 @@ def write_folder(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, A
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     gemma = str(config["model_type"]).startswith("gemma")
-    save_file(weights(shapes, gemma), folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    save_file(weights(shapes, gemma), file, metadata={"format": "pt"})
     return folder

@@ -98,6 +98,7 @@ class _Running:
     sample: int
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    routes: list["_Routes"] = dataclasses.field(default_factory=list)  # of the tokens before each
     begun: int = 0  # of its tokens are from an earlier rollout
     done: bool = False
 
@@ -112,6 +113,7 @@ class _Dispatch:
     tokens_NB: jax.Array
     logprobs_NB: jax.Array
     passes: jax.Array
+    routes_BNLk: jax.Array | None
     owners: list[_Running | None]
 
 
@@ -122,6 +124,20 @@ def _begin(request: int, sample: int, begun: dict[tuple[int, int], Begun]) -> _R
         return _Running(request, sample)
     written = list(so_far.tokens)
     return _Running(request, sample, written, so_far.logprobs.tolist(), begun=len(written))
+
+
+class _Routes(NamedTuple):
+    """Experts that `length` tokens in a row went to; perhaps still on the devices."""
+
+    array_RSLk: Any
+    row: int
+    length: int
+
+
+def _joined(pieces: Sequence[_Routes]) -> np.ndarray | None:
+    """[n, L, k] of all of them; None if there are none."""
+    parts = [np.asarray(piece.array_RSLk)[piece.row, : piece.length] for piece in pieces]
+    return np.concatenate(parts) if parts else None
 
 
 def _so_far(owner: _Running) -> Begun:
@@ -233,6 +249,7 @@ class Engine:
         self.stats = EngineStats()
         self.unfinished: dict[tuple[int, int], Begun] = {}
         self._heard: Callable[[int, int, Sequence[int]], None] | None = None
+        self._prompt_routes: dict[int, _Routes] = {}  # of each request whose prompt was read
         self._programs = Programs(
             arch,
             mesh,
@@ -267,6 +284,8 @@ class Engine:
             slots = self._programs.admit(
                 weights, slots, tokens_RQ, np.zeros(R, np.int32), nowhere_R
             )
+        if self.arch.experts:
+            self._programs.routes(slots, np.zeros(R, np.int32), what="prompts")
         slots = self._programs.start(slots, self._nobody(), jax.random.key(0))
         if self.goes_on:
             slots = self._replay(weights, slots, {})
@@ -305,6 +324,7 @@ class Engine:
         """
         self._check(requests)
         self.stats, self.unfinished, self._heard = EngineStats(), {}, heard
+        self._prompt_routes = {}
         stats, started = self.stats, time.monotonic()
         wanted = [request.wanted for request in requests]
         queue = Queue([len(samples) for samples in wanted], self.num_prompts, self.slots_per_prompt)
@@ -342,11 +362,11 @@ class Engine:
             view = next((v for v in self._views if v >= needed), self.max_new)
             if ahead is not None and _is_ready(ahead):
                 stats.idle_s += time.monotonic() - looked
-            slots, tokens_NB, logprobs_NB, passes = self._decode(
+            slots, tokens_NB, logprobs_NB, passes, routes_BNLk = self._decode(
                 weights, slots, halted_B, view, temperature, filters, stop_at
             )
             behind = ahead
-            ahead = _Dispatch(tokens_NB, logprobs_NB, passes, list(running))
+            ahead = _Dispatch(tokens_NB, logprobs_NB, passes, routes_BNLk, list(running))
             halted_B = np.zeros(len(running), bool)
             if behind is not None:
                 ended = list(self._read(behind, running, halted_B))
@@ -383,7 +403,7 @@ class Engine:
         temperature: float,
         filters: Filters | None = None,
         stop_at: int = 0,
-    ) -> tuple[Slots, jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[Slots, jax.Array, jax.Array, jax.Array, jax.Array | None]:
         return self._programs.decode(
             weights,
             slots,
@@ -419,8 +439,8 @@ class Engine:
         self, dispatch: _Dispatch, running: list[_Running | None], halted_B: np.ndarray
     ) -> Iterator[Completion]:
         """Waits for a dispatch; completions that ended in it leave their slots."""
-        tokens_NB, logprobs_NB, passes = jax.device_get(
-            (dispatch.tokens_NB, dispatch.logprobs_NB, dispatch.passes)
+        tokens_NB, logprobs_NB, passes, routes_BNLk = jax.device_get(
+            (dispatch.tokens_NB, dispatch.logprobs_NB, dispatch.passes, dispatch.routes_BNLk)
         )
         self.stats.passes += int(passes)
         self.stats.slot_steps += int(passes) * len(dispatch.owners)
@@ -429,6 +449,8 @@ class Engine:
                 continue
             before = len(owner.tokens)
             finish = self._extend(owner, tokens_NB[:, slot], logprobs_NB[:, slot])
+            if routes_BNLk is not None:
+                owner.routes.append(_Routes(routes_BNLk, slot, len(owner.tokens) - before))
             if self._heard is not None and len(owner.tokens) > before:
                 self._heard(owner.request, owner.sample, owner.tokens[before:])
             if finish:
@@ -437,7 +459,13 @@ class Engine:
                 self.stats.tokens += owner.sampled()
                 tokens, logprobs = _so_far(owner)
                 yield Completion(
-                    owner.request, owner.sample, tokens, logprobs, finish, carried=owner.begun
+                    owner.request,
+                    owner.sample,
+                    tokens,
+                    logprobs,
+                    finish,
+                    carried=owner.begun,
+                    routes=_joined(owner.routes),
                 )
 
     def _refill(
@@ -459,6 +487,8 @@ class Engine:
             start.token_B[slot] = requests[owner.request].prompt[-1]
             start.stream_B[slot] = requests[owner.request].stream
             start.sample_B[slot] = owner.sample
+            if self.arch.experts:
+                owner.routes.append(self._prompt_routes[owner.request])
         slots = self._programs.start(slots, start, key)
         begun = {slot: owner for slot, owner in new.items() if owner.begun}
         return self._replay(weights, slots, begun) if begun else slots
@@ -469,7 +499,17 @@ class Engine:
         begun_B = np.zeros(self.num_slots, np.int32)
         for slot, owner in begun.items():
             begun_BC[slot, : owner.begun], begun_B[slot] = owner.tokens, owner.begun
-        return self._programs.replay(weights, slots, begun_BC, begun_B)
+        slots = self._programs.replay(weights, slots, begun_BC, begun_B)
+        if self.arch.experts:
+            owners, R = list(begun.items()), self._prefill_rows
+            for first in range(0, max(len(owners), 1), R):
+                some = owners[first : first + R]
+                slot_R = np.zeros(R, np.int32)
+                slot_R[: len(some)] = [slot for slot, _ in some]
+                routes_RSLk = self._programs.routes(slots, slot_R, what="cache")
+                for row, (_, owner) in enumerate(some):
+                    owner.routes.append(_Routes(routes_RSLk, row, owner.begun))
+        return slots
 
     def _admit(
         self,
@@ -490,7 +530,12 @@ class Engine:
             tokens_RQ[row, : len(prompt)] = prompt
             prompt_len_R[row], place_R[row] = len(prompt) - 1, place
             self.stats.prompt_tokens += len(prompt)
-        return self._programs.admit(weights, slots, tokens_RQ, prompt_len_R, place_R)
+        slots = self._programs.admit(weights, slots, tokens_RQ, prompt_len_R, place_R)
+        if self.arch.experts:
+            routes_RQLk = self._programs.routes(slots, place_R, what="prompts")
+            for row, (_, number) in enumerate(prompts):
+                self._prompt_routes[number] = _Routes(routes_RQLk, row, int(prompt_len_R[row]))
+        return slots
 
     def _nobody(self) -> Start:
         B = self.num_slots

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from grpo.engine.sampling import Filters, sample_token
 from grpo.model.arch import Arch
-from grpo.model.decoder import KV, decode_step, empty_cache, prefill
+from grpo.model.decoder import Cached, cache_table, decode_step, empty_cache, prefill, routes
 from grpo.model.params import Params
 from grpo.sharding import DECODE_RULES, replicated, shard, spec
 
@@ -22,10 +22,10 @@ class Slots(struct.PyTreeNode):
     The last token of a prompt is no part of its cache: it is the first each slot feeds itself.
     """
 
-    prompts: list[KV]  # [P, K, Q, H] a layer, each prompt stored once for its G slots
+    prompts: list[Cached]  # `cache_table` of P, Q: each prompt stored once for its G slots
     prompt_len_P: jax.Array  # tokens in the prompt's cache
     prompt_PQ: jax.Array  # the tokens themselves, -1 behind the last
-    cache: list[KV]  # [B, K, C, H] a layer: what each slot has fed itself
+    cache: list[Cached]  # `cache_table` of B, C: what each slot has fed itself
     token_B: jax.Array  # the last token, whose successor is sampled next
     written_B: jax.Array  # tokens sampled so far, which is where `token_B` goes in the cache
     history_BC: jax.Array  # what each slot has sampled, -1 behind the last
@@ -87,7 +87,7 @@ class Programs:
         # Said outright: a layout left to the compiler differs between two programs that hand the
         # slots to one another, and each difference is one more program.
         with jax.set_mesh(mesh):
-            layout = _layout(jax.eval_shape(make), mesh)
+            layout = _layout(jax.eval_shape(make), mesh, arch)
         everywhere = replicated(mesh)
         self.empty = jax.jit(make, out_shardings=layout)
         self.admit = jax.jit(
@@ -104,9 +104,12 @@ class Programs:
             partial(_decode, arch=arch, num_tokens=num_tokens, max_new=max_new, stop_ids=stop_ids),
             donate_argnames="slots",
             static_argnames=("view", "greedy", "drafts"),
-            out_shardings=(layout, everywhere, everywhere, everywhere),
+            out_shardings=(layout, *[everywhere] * 4),
         )
         self.compact = jax.jit(partial(_compact), out_shardings=layout)
+        self.routes = jax.jit(
+            partial(_routes, arch=arch), static_argnames="what", out_shardings=everywhere
+        )
 
     def num_compiled(self) -> int:
         """How many there are by now."""
@@ -117,6 +120,7 @@ class Programs:
             self.replay,
             self.decode,
             self.compact,
+            self.routes,
         )
         return sum(program._cache_size() for program in programs)
 
@@ -140,19 +144,15 @@ def _empty(
     )
 
 
-def _layout(slots: Slots, mesh: Mesh) -> Slots:
+def _layout(slots: Slots, mesh: Mesh, arch: Arch) -> Slots:
     """Every array split by prompts or slots, caches also by key/value heads."""
 
     def split(*axes: str | None) -> NamedSharding:
         return NamedSharding(mesh, spec(axes, DECODE_RULES))
 
-    kv = split("batch", "kv_heads", None, None)
-    caches = {
-        "prompts": jax.tree.map(lambda _: kv, slots.prompts),
-        "cache": jax.tree.map(lambda _: kv, slots.cache),
-    }
+    cache = [tuple(split(*a.axes) for a in layer) for layer in cache_table(arch, 1, 1, None)]
     rest = jax.tree.map(lambda _: split("batch"), slots.replace(prompts=[], cache=[]))
-    return rest.replace(**caches)
+    return rest.replace(prompts=cache, cache=cache)
 
 
 def _admit(
@@ -227,10 +227,10 @@ def _replay(
     fed_BC = jnp.concatenate([slots.token_B[:, None], jnp.maximum(begun_BC[:, :-1], 0)], axis=1)
     fed_BC = jnp.pad(fed_BC, ((0, 0), (0, -C % chunk)))
 
-    def more(carry: tuple[jax.Array, list[KV]]) -> jax.Array:
+    def more(carry: tuple[jax.Array, list[Cached]]) -> jax.Array:
         return carry[0] < begun_B.max()
 
-    def body(carry: tuple[jax.Array, list[KV]]) -> tuple[jax.Array, list[KV]]:
+    def body(carry: tuple[jax.Array, list[Cached]]) -> tuple[jax.Array, list[Cached]]:
         fed, cache = carry
         fed_BT = jax.lax.dynamic_slice_in_dim(fed_BC, fed, chunk, axis=1)
         place_B = jnp.where(fed < begun_B, fed, C)  # C is nowhere
@@ -264,7 +264,7 @@ def _decode(
     view: int,
     greedy: bool,
     drafts: int = 0,
-) -> tuple[Slots, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Slots, jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Up to `num_tokens` tokens for every active slot; ends early once `stop_at` slots are idle.
 
     Attention looks at the first `view` places of each slot's cache, so that its cost follows what
@@ -274,8 +274,8 @@ def _decode(
     have been sampled: every position has its own random number, so what is sampled is the same
     token by token, in fewer passes where the guesses are good.
 
-    Returns the slots, the tokens [N, B] (-1 where there are no more), their log-probabilities, and
-    the number of passes through the model.
+    Returns the slots, the tokens [N, B] (-1 where there are no more), their log-probabilities, the
+    number of passes through the model, and the experts [B, N, L, k] of the token before each.
     """
     B, N, T = slots.token_B.shape[0], num_tokens, 1 + drafts
     slots = slots.replace(active_B=slots.active_B & ~halted_B)
@@ -335,11 +335,24 @@ def _decode(
     nothing_NB = jnp.full((N, B), -1, jnp.int32)
     start = (slots.replace(cache=seen), nothing_NB, jnp.zeros((N, B)), jnp.zeros((), jnp.int32))
     slots, tokens_NB, logprobs_NB, passes = jax.lax.while_loop(more, body, start)
+    routes_BNLk = None
+    if arch.experts:
+        routes_BNLk = routes(arch, slots.cache, rows_B1, before_B[:, None] + jnp.arange(N))
     if view < max_new:
         slots = slots.replace(
             cache=jax.tree.map(lambda a, new: a.at[:, :, :view].set(new), whole, slots.cache)
         )
-    return slots, tokens_NB, logprobs_NB, passes
+    return slots, tokens_NB, logprobs_NB, passes, routes_BNLk
+
+
+def _routes(slots: Slots, row_R: jax.Array, *, arch: Arch, what: str) -> jax.Array:
+    """The experts [R, S, L, k] that tokens went to which were read, not sampled.
+
+    `what` is "prompts" or, for slots that went on with what they had begun, "cache".
+    """
+    cache = getattr(slots, what)
+    place_1S = jnp.arange(cache[-1][0].shape[2])[None]
+    return routes(arch, cache, row_R[:, None], place_1S)
 
 
 def _guess(slots: Slots, count: int) -> jax.Array:

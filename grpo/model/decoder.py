@@ -4,7 +4,8 @@ Train form: layers stacked and scanned, whole sequences, rematerialised. Decode 
 layers, unrolled, one token at a time over a key/value cache (scanning layers over a cache copies
 the whole cache every token). What a block computes is written once, in `block`; the two forms
 differ only in the `attend` they hand to it. What differs from layer to layer is data (`Layer`):
-scanned along with the weights in the train form, constants in the decode form.
+scanned along with the weights in the train form, constants in the decode form. Layers without
+experts that come before those with experts are a stack of their own, "dense_layers".
 """
 
 import functools
@@ -16,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from grpo.model.arch import Arch
+from grpo.model import mla, moe
+from grpo.model.arch import Arch, Latent
 from grpo.model.attention import (
-    KV,
     attention,
     capped,
     shared_prefix_attention,
@@ -38,6 +39,7 @@ REMAT_POLICIES: dict[str, Any] = {
 }
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Cached = tuple[jax.Array, ...]  # what a layer keeps of tokens, as `cache_table` has it
 
 
 class Layer(NamedTuple):
@@ -50,7 +52,7 @@ class Layer(NamedTuple):
 
 def layers_of(arch: Arch) -> list[Layer]:
     """The layers' own settings, from first to last."""
-    H, scaling = arch.head_width, arch.rope_scaling
+    H, scaling = arch.rope_width, arch.rope_scaling
     gain = scaling.gain if isinstance(scaling, Yarn) else 1.0
     everywhere = Layer(frequencies(arch.rope_theta, scaling, H), gain, None)
     local = everywhere._replace(window=arch.window)
@@ -136,13 +138,18 @@ def block(
     arch: Arch,
     layer: Layer,
     attend: Attend,
-) -> tuple[jax.Array, Any]:
+    chosen_BTk: jax.Array | None = None,
+) -> tuple[jax.Array, Any, jax.Array | None]:
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
     `attend(q, k, v)` gets this layer's projections, rotated, and returns the mixed values and
-    whatever the caller wants to keep (the updated cache). It divides scores by sqrt(H).
+    whatever the caller wants to keep (the updated cache). It divides scores by sqrt(H). In the
+    decode form of latent attention, k and v are both the latents, as the only head.
+
+    Returns what goes to the next layer, what `attend` kept, and the experts [B, T, k] that each
+    token went to; None in a dense layer. `chosen_BTk` is as in `moe.mixture`.
     """
-    w = jax.tree.map(lambda a: a.astype(x_BTD.dtype), weights)
+    w = in_dtype(weights, x_BTD.dtype)
     B, T, _ = x_BTD.shape
 
     def norm(x_BTD: jax.Array, name: str) -> jax.Array:
@@ -155,27 +162,59 @@ def block(
             product += w[f"{name}_bias"]
         return checkpoint_name(product, name)
 
+    def rotate(h_BTNH: jax.Array) -> jax.Array:
+        return rotary(h_BTNH, positions_BT, layer.frequency_h, layer.gain)
+
     def placed(name: str) -> jax.Array:
         h_BTNH = heads(h_BTD, name)
-        if arch.qk_norm:
-            h_BTNH = norm(h_BTNH, f"{name}_norm")
-        return rotary(h_BTNH, positions_BT, layer.frequency_h, layer.gain)
+        return rotate(norm(h_BTNH, f"{name}_norm") if arch.qk_norm else h_BTNH)
+
+    def latent_qkv(latent: Latent) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if latent.q_rank is None:
+            q_BTNH = heads(h_BTD, "q")
+        else:
+            q_BTNH = heads(norm(linear(h_BTD, w["q_a"]), "q_a_norm"), "q_b")
+        kv_BTR = checkpoint_name(linear(h_BTD, w["kv_a"]), "k")
+        plain_BTNp, q_BTNr, key_BT1R = mla.queries_and_latent(
+            q_BTNH, kv_BTR, latent, lambda c_BTc: norm(c_BTc, "kv_a_norm"), rotate
+        )
+        if "k_up" in w:
+            return mla.absorbed(plain_BTNp, q_BTNr, w["k_up"]), key_BT1R, key_BT1R
+        made_BTNX = heads(key_BT1R[:, :, 0, : latent.kv_rank], "kv_b")
+        return mla.expanded(plain_BTNp, q_BTNr, key_BT1R, made_BTNX, latent)
 
     def added(x_BTD: jax.Array, written_BTD: jax.Array, name: str) -> jax.Array:
         return x_BTD + (norm(written_BTD, name) if arch.sandwich_norm else written_BTD)
 
     h_BTD = norm(x_BTD, "attn_norm")
-    q_BTNH, k_BTKH, v_BTKH = placed("q"), placed("k"), heads(h_BTD, "v")
-    if arch.query_scale is not None:
-        q_BTNH *= arch.query_scale * arch.head_width**0.5
+    if arch.latent:
+        q_BTNH, k_BTKH, v_BTKH = latent_qkv(arch.latent)
+    else:
+        q_BTNH, k_BTKH, v_BTKH = placed("q"), placed("k"), heads(h_BTD, "v")
+    if arch.query_scale is not None or q_BTNH.shape[-1] != arch.head_width:
+        scale = arch.head_width**-0.5 if arch.query_scale is None else arch.query_scale
+        q_BTNH *= scale * q_BTNH.shape[-1] ** 0.5
     mixed_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
+    if arch.latent:
+        mixed_BTNH = mla.values(mixed_BTNH, w, arch.latent)
     mixed_BTD = linear(mixed_BTNH.reshape(B, T, -1), w["o"].reshape(-1, arch.width))
     x_BTD = checkpoint_name(added(x_BTD, mixed_BTD, "post_attn_norm"), "residual")
     h_BTD = norm(x_BTD, "mlp_norm")
-    gate_BTF = checkpoint_name(linear(h_BTD, w["gate"]), "gate")
-    up_BTF = checkpoint_name(linear(h_BTD, w["up"]), "up")
-    down_BTD = linear(_ACTIVATIONS[arch.activation](gate_BTF) * up_BTF, w["down"])
-    return added(x_BTD, down_BTD, "post_mlp_norm"), kept
+    activation, routed_BTk, written_BTD = _ACTIVATIONS[arch.activation], None, []
+    if "gate" in w:  # of a dense layer, or shared by all tokens of one with experts
+        gate_BTF = checkpoint_name(linear(h_BTD, w["gate"]), "gate")
+        up_BTF = checkpoint_name(linear(h_BTD, w["up"]), "up")
+        written_BTD.append(linear(activation(gate_BTF) * up_BTF, w["down"]))
+    if arch.experts and "router" in w:
+        out_BTD, routed_BTk = moe.mixture(w, h_BTD, arch.experts, activation, chosen_BTk)
+        written_BTD.append(out_BTD)
+    return added(x_BTD, sum(written_BTD[1:], written_BTD[0]), "post_mlp_norm"), kept, routed_BTk
+
+
+def in_dtype(weights: Params, dtype: Any) -> Params:
+    """A layer's weights, or a stack's, in `dtype`; routers stay what they are."""
+    cast = {name: a for name, a in weights.items() if name not in moe.FLOAT32}
+    return weights | jax.tree.map(lambda a: a.astype(dtype), cast)
 
 
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, arch: Arch) -> jax.Array:
@@ -199,6 +238,7 @@ def hidden_states(
     positions_RT: jax.Array,
     groups_RT: jax.Array,
     branches_RT: jax.Array,
+    routes_RTLk: jax.Array | None = None,
     *,
     dtype: str,
     remat: str,
@@ -212,14 +252,16 @@ def hidden_states(
       positions_RT: int32.
       groups_RT: int32; 0 is padding.
       branches_RT: int32; 0 is a prompt.
+      routes_RTLk: the experts that the sampler chose, see `grpo.structs.Batch`; None: the router
+        chooses.
       dtype: what the blocks compute in; parameters are cast layer by layer.
       remat: which activations the backward pass recomputes: "none" of them, "full": all,
         "attn": all but the attention outputs, "products": all but the matrix products.
     """
 
-    shared, own = _scannable(layers_of(arch))
-
-    def one(x_RTD: jax.Array, weights: Params, own: dict[str, Any]) -> jax.Array:
+    def one(x_RTD: jax.Array, weights: Params, own: dict[str, Any], shared: Any) -> jax.Array:
+        own = dict(own)
+        chosen_RTk = own.pop("chosen", None)
         layer = Layer(**shared, **own)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
@@ -229,12 +271,22 @@ def hidden_states(
             return checkpoint_name(mixed, "attn_out"), None
 
         x_RTD = shard(x_RTD, "batch", None, None)
-        return block(weights, x_RTD, positions_RT, arch, layer, attend)[0]
+        return block(weights, x_RTD, positions_RT, arch, layer, attend, chosen_RTk)[0]
 
-    if remat != "none":
-        one = jax.checkpoint(one, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    def through(x_RTD: jax.Array, stack: str, layers: list[Layer]) -> jax.Array:
+        shared, own = _scannable(layers)
+        if routes_RTLk is not None and stack == "layers":
+            own["chosen"] = jnp.moveaxis(routes_RTLk, 2, 0)
+        step: Any = functools.partial(one, shared=shared)
+        if remat != "none":
+            step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        return scan_layers(step, x_RTD, params[stack], own)
+
     x_RTD = shard(embed(params["embed"].astype(dtype), tokens_RT, arch), "batch", None, None)
-    x_RTD = scan_layers(one, x_RTD, params["layers"], own)
+    layers, dense = layers_of(arch), arch.first_dense
+    if dense:
+        x_RTD = through(x_RTD, "dense_layers", layers[:dense])
+    x_RTD = through(x_RTD, "layers", layers[dense:])
     return rms_norm(x_RTD, params["final_norm"].astype(dtype), arch.norm_eps, arch.norm_offset)
 
 
@@ -260,69 +312,109 @@ def to_decode(params: Params, arch: Arch, dtype: str) -> Params:
     Run under `jit` with the decode shardings; the one place where parameters change dtype or
     layout for the sampler.
     """
-    cast = jax.tree.map(lambda a: a.astype(dtype), params)
-    stacked = cast["layers"]
-    cast["layers"] = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(arch.num_layers)]
-    return cast
+    rest = {name: a.astype(dtype) for name, a in params.items() if not name.endswith("layers")}
+    layers = []
+    for stack in ("dense_layers", "layers"):
+        cast = in_dtype(params.get(stack, {}), dtype)
+        if arch.latent and cast:
+            plain = arch.latent.plain_width
+            both = cast.pop("kv_b")
+            cast |= {"k_up": both[..., :plain], "v_up": both[..., plain:]}
+        for i in range(len(next(iter(cast.values()))) if cast else 0):
+            layers.append(jax.tree.map(lambda a, i=i: a[i], cast))
+    return rest | {"layers": layers}
 
 
-def _shard_kv(x_BKSH: jax.Array) -> jax.Array:
-    return shard(x_BKSH, "batch", "kv_heads", None, None, rules=DECODE_RULES)
+class CacheArray(NamedTuple):
+    """One array of a layer's cache."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[str | None, ...]  # logical names, see `grpo.sharding.RULES`
 
 
-def empty_cache(arch: Arch, rows: int, length: int, dtype: str) -> list[KV]:
-    """Keys and values of nothing yet: per layer two arrays [rows, K, length, H].
+def cache_table(arch: Arch, rows: int, length: int, dtype: Any) -> list[tuple[CacheArray, ...]]:
+    """What is cached of `length` tokens in each of `rows` sequences, for every layer.
 
+    Keys and values, [rows, K, length, H] each; of latent attention one array [rows, 1, length, R].
     Heads come before positions, as the matrix products of decoding want them: the other order
-    makes XLA on a CPU turn the whole cache around at every token.
+    makes XLA on a CPU turn the whole cache around at every token. In layers with experts there is
+    one more: which of them each token went to, int16 [rows, 1, length, k], which nobody attends to
+    but the trainer has to know.
     """
-    shape = (rows, arch.num_kv_heads, length, arch.head_width)
+    heads = ("batch", "kv_heads", None, None)
+    alone = ("batch", None, None, None)
+    if arch.latent:
+        wide = (rows, 1, length, arch.latent.cached_width)
+        dense: tuple[CacheArray, ...] = (CacheArray(wide, dtype, alone),)
+    else:
+        wide = (rows, arch.num_kv_heads, length, arch.head_width)
+        dense = (CacheArray(wide, dtype, heads), CacheArray(wide, dtype, heads))
+    if arch.experts is None:
+        return [dense] * arch.num_layers
+    chosen = CacheArray((rows, 1, length, arch.experts.per_token), jnp.int16, alone)
+    return [dense] * arch.first_dense + [(*dense, chosen)] * arch.routed_layers
+
+
+def empty_cache(arch: Arch, rows: int, length: int, dtype: str) -> list[Cached]:
+    """The arrays of `cache_table`, of nothing yet."""
     return [
-        (_shard_kv(jnp.zeros(shape, dtype)), _shard_kv(jnp.zeros(shape, dtype)))
-        for _ in range(arch.num_layers)
+        tuple(shard(jnp.zeros(a.shape, a.dtype), *a.axes, rules=DECODE_RULES) for a in layer)
+        for layer in cache_table(arch, rows, length, dtype)
     ]
 
 
-def prefill(weights: Params, arch: Arch, tokens_RQ: jax.Array) -> list[KV]:
-    """Keys and values of prompts, [R, K, Q, H] per layer; what stands behind a prompt's end is
-    rubbish, which `decode_step` does not look at."""
+def routes(arch: Arch, cache: list[Cached], row_Rn: jax.Array, place_Rn: jax.Array) -> jax.Array:
+    """The experts [R, n, L, k] that the tokens at these places went to, where there are experts.
+
+    Places beyond the cache give what is in its last.
+    """
+    picked = [
+        layer[-1].at[row_Rn, 0, place_Rn].get(mode="clip") for layer in cache[arch.first_dense :]
+    ]
+    return jnp.stack(picked, axis=2)
+
+
+def prefill(weights: Params, arch: Arch, tokens_RQ: jax.Array) -> list[Cached]:
+    """The cache of prompts, as `cache_table` has it; what stands behind a prompt's end is rubbish,
+    which `decode_step` does not look at."""
     positions_RQ = jnp.broadcast_to(jnp.arange(tokens_RQ.shape[1]), tokens_RQ.shape)
     causal_RQQ = positions_RQ[:, :, None] >= positions_RQ[:, None, :]
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None
-    ) -> tuple[jax.Array, KV]:
+    ) -> tuple[jax.Array, Cached]:
         mask_RQQ = causal_RQQ
         if window is not None:
             mask_RQQ = causal_RQQ & within(window, positions_RQ, positions_RQ)
         mixed = attention(q, k, v, mask_RQQ, arch.score_cap)
-        return mixed, (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return mixed, tuple(new.swapaxes(1, 2) for new in ((k,) if arch.latent else (k, v)))
 
     x_RQD, cache = embed(weights["embed"], tokens_RQ, arch), []
     for layer_weights, layer in zip(weights["layers"], layers_of(arch), strict=True):
         attend_here = functools.partial(attend, window=layer.window)
-        x_RQD, kv = block(layer_weights, x_RQD, positions_RQ, arch, layer, attend_here)
-        cache.append(kv)
+        x_RQD, kv, chosen = block(layer_weights, x_RQD, positions_RQ, arch, layer, attend_here)
+        cache.append(kv if chosen is None else (*kv, chosen[:, None].astype(jnp.int16)))
     return cache
 
 
 def decode_step(
     weights: Params,
     arch: Arch,
-    prompts: list[KV],
+    prompts: list[Cached],
     prompt_len_P: jax.Array,
-    cache: list[KV],
+    cache: list[Cached],
     tokens_BT: jax.Array,
     written_B: jax.Array,
-) -> tuple[jax.Array, list[KV]]:
-    """Logits [B, T, V] of what follows each token, and the cache with their keys and values.
+) -> tuple[jax.Array, list[Cached]]:
+    """Logits [B, T, V] of what follows each token, and the cache with these tokens.
 
     Args:
       weights: the decode form.
       arch: shape of the model.
-      prompts: keys and values [P, K, Q, H] a layer; see `shared_prefix_attention`.
+      prompts: `cache_table` of P prompts; see `shared_prefix_attention`.
       prompt_len_P: tokens of each prompt.
-      cache: keys and values [B, K, S, H] a layer of what stands behind the prompts.
+      cache: that of B sequences, of what stands behind the prompts.
       tokens_BT: the next tokens of each sequence, usually one.
       written_B: tokens already in each row of the cache; these go behind them.
     """
@@ -341,17 +433,31 @@ def decode_step(
         )
 
     def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, *, prompt: KV, own: KV, window: int | None
-    ) -> tuple[jax.Array, KV]:
-        own = put(own[0], k), put(own[1], v)
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        *,
+        prompt: Cached,
+        own: Cached,
+        window: int | None,
+    ) -> tuple[jax.Array, Cached]:
+        new = (k,) if arch.latent else (k, v)
+        own = tuple(map(put, own, new))
         visible_BTS, prompt_visible_BTQ = written_BTS, None
         if window is not None:
             own_BS = prompt_len_B1 + jnp.arange(length)
             prompt_1Q = jnp.arange(prompt[0].shape[2])[None]
             visible_BTS = written_BTS & within(window, position_BT, own_BS)
             prompt_visible_BTQ = within(window, position_BT, prompt_1Q)
+        last = len(new) - 1  # the only latents are keys and values
         mixed = shared_prefix_attention(
-            q, prompt, prompt_len_P, own, visible_BTS, prompt_visible_BTQ, arch.score_cap
+            q,
+            (prompt[0], prompt[last]),
+            prompt_len_P,
+            (own[0], own[last]),
+            visible_BTS,
+            prompt_visible_BTQ,
+            arch.score_cap,
         )
         return mixed, own
 
@@ -360,8 +466,8 @@ def decode_step(
         weights["layers"], layers_of(arch), prompts, cache, strict=True
     ):
         attend_here = functools.partial(attend, prompt=prompt, own=own, window=layer.window)
-        x_BTD, kept = block(layer_weights, x_BTD, position_BT, arch, layer, attend_here)
-        written.append(kept)
+        x_BTD, kept, chosen = block(layer_weights, x_BTD, position_BT, arch, layer, attend_here)
+        written.append(kept if chosen is None else (*kept, put(own[-1], chosen[:, :, None])))
     x_BTD = rms_norm(x_BTD, weights["final_norm"], arch.norm_eps, arch.norm_offset)
     logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, head(weights), preferred_element_type=jnp.float32)
     return capped(logits_BTV, arch.logit_cap), written

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grpo.model.arch import Arch
+from grpo.model.arch import Arch, Experts, Latent
 from grpo.model.fields import Fields
 from grpo.model.rope import Linear, Llama3, Scaling, Yarn
 
@@ -43,6 +43,30 @@ HF_SANDWICH_NAMES: Mapping[str, str] = {
     "layers/post_mlp_norm": "model.layers.{layer}.post_feedforward_layernorm.weight",
 }
 
+# Latent attention has other projections; a layer with experts has its MLP under other names. Names
+# under "dense_layers/" count on to those under "layers/".
+_HF_LATENT_NAMES: Mapping[str, str] = {
+    name: f"model.layers.{{layer}}.self_attn.{theirs}.weight"
+    for name, theirs in (
+        ("q_a", "q_a_proj"),
+        ("q_a_norm", "q_a_layernorm"),
+        ("q_b", "q_b_proj"),
+        ("kv_a", "kv_a_proj_with_mqa"),
+        ("kv_a_norm", "kv_a_layernorm"),
+        ("kv_b", "kv_b_proj"),
+    )
+}
+_HF_EXPERT_NAMES: Mapping[str, str] = {
+    "router": "model.layers.{layer}.mlp.gate.weight",
+    "router_bias": "model.layers.{layer}.mlp.gate.e_score_correction_bias",
+    "expert_gate": "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
+    "expert_up": "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+    "expert_down": "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
+    "gate": "model.layers.{layer}.mlp.shared_experts.gate_proj.weight",
+    "up": "model.layers.{layer}.mlp.shared_experts.up_proj.weight",
+    "down": "model.layers.{layer}.mlp.shared_experts.down_proj.weight",
+}
+
 # What a config.json may say that changes nothing of what the model computes.
 _HARMLESS = frozenset(
     """
@@ -57,7 +81,13 @@ _HARMLESS = frozenset(
 
 def hf_names(arch: Arch) -> Mapping[str, str]:
     """Our parameter paths -> the names of tensors in a Hugging Face folder of this model."""
-    return HF_SANDWICH_NAMES if arch.sandwich_norm else HF_LLAMA_NAMES
+    names = dict(HF_SANDWICH_NAMES if arch.sandwich_norm else HF_LLAMA_NAMES)
+    names |= {f"layers/{name}": theirs for name, theirs in _HF_LATENT_NAMES.items()}
+    if arch.experts:
+        plain = [name for name in names if name.startswith("layers/")]
+        names |= {f"dense_{name}": names[name] for name in plain}
+        names |= {f"layers/{name}": theirs for name, theirs in _HF_EXPERT_NAMES.items()}
+    return names
 
 
 def arch_from_hf(config: Mapping[str, Any]) -> Arch:
@@ -120,6 +150,121 @@ def _qwen3(fields: Fields) -> Arch:
         **_rope(fields),
         **_qwen_layers(fields),
         qk_norm=True,
+    )
+
+
+def _qwen3_moe(fields: Fields) -> Arch:
+    """Every layer has experts; none is shared."""
+    for name in ("attention_bias", "use_sliding_window"):
+        fields.only(name, False)
+    for name in ("sliding_window", "max_window_layers"):
+        fields.get(name)  # both mean nothing then
+    for name in ("router_aux_loss_coef", "output_router_logits"):
+        fields.get(name)  # of pre-training's loss
+    fields.only("decoder_sparse_step", 1)
+    fields.only("mlp_only_layers", [])
+    count = fields.get("num_experts", fields.get("num_local_experts", 128))
+    experts = Experts(
+        count=fields.get("num_local_experts", count),
+        per_token=fields.get("num_experts_per_tok", 8),
+        width=fields.get("moe_intermediate_size", 768),
+        normalised=bool(fields.get("norm_topk_prob", False)),
+    )
+    return Arch(
+        **_sizes(fields, max_positions=32_768, head_width=128),
+        **_rope(fields),
+        qk_norm=True,
+        experts=experts,
+    )
+
+
+def _deepseek_v2(fields: Fields) -> Arch:
+    """DeepSeek-V2 and V2-Lite, softmax routing."""
+    fields.only("scoring_func", "softmax")
+    fields.only("norm_topk_prob", False)  # `transformers` does not read it
+    fields.only("mlp_bias", False)
+    method = fields.get("topk_method", "greedy")
+    groups: dict[str, Any] = {}
+    if method == "group_limited_greedy":
+        groups = {"groups": fields.need("n_group"), "groups_per_token": fields.need("topk_group")}
+    elif method != "greedy":
+        raise fields.unsupported("topk_method", method, ["greedy", "group_limited_greedy"])
+    for name in ("n_group", "topk_group"):
+        fields.get(name)  # of no meaning to the greedy method
+    experts = Experts(
+        **_deepseek_experts(fields, count=64, per_token=None, width=1407, shared=2, dense=0),
+        **groups,
+        normalised=False,
+        scale=float(fields.get("routed_scaling_factor", 1.0)),
+    )
+    return _deepseek(fields, experts, max_positions=2048, interleaved=True)
+
+
+def _deepseek_v3(fields: Fields) -> Arch:
+    """DeepSeek-V3 and R1: sigmoid routing, balanced by a bias that only chooses."""
+    fields.only("scoring_func", "sigmoid")
+    fields.only("topk_method", "noaux_tc")
+    experts = Experts(
+        **_deepseek_experts(fields, count=256, per_token=8, width=2048, shared=1, dense=3),
+        groups=fields.get("n_group", 8),
+        groups_per_token=fields.get("topk_group", 4),
+        group_top=2,
+        scoring="sigmoid",
+        normalised=bool(fields.get("norm_topk_prob", True)),
+        scale=float(fields.get("routed_scaling_factor", 2.5)),
+        selection_bias=True,
+    )
+    interleaved = bool(fields.get("rope_interleave", True))
+    return _deepseek(fields, experts, max_positions=4096, interleaved=interleaved)
+
+
+def _deepseek_experts(
+    fields: Fields, *, count: int, per_token: int | None, width: int, shared: int, dense: int
+) -> dict[str, Any]:
+    """What V2 and V3 call by the same names; the arguments are what their absence means."""
+    fields.only("moe_layer_freq", 1)
+    for name in ("aux_loss_alpha", "seq_aux", "output_router_logits", "ep_size", "auto_map"):
+        fields.get(name)  # of pre-training's loss, or of how others run the model
+    for name in ("num_nextn_predict_layers", "num_mtp_layers"):
+        fields.get(name)  # predict further tokens; `grpo.model.weights` leaves them out
+    names = ("n_routed_experts", "num_local_experts", "num_experts")
+    listed = [fields.get(name) for name in names]
+    if per_token is None:
+        per_token = fields.need("num_experts_per_tok")
+    width = fields.get("moe_intermediate_size", width)
+    return {
+        "count": next((value for value in listed if value is not None), count),
+        "per_token": fields.get("num_experts_per_tok", per_token),
+        "width": width,
+        "shared_width": width * fields.get("n_shared_experts", shared),
+        "first_dense": fields.get("first_k_dense_replace", dense),
+    }
+
+
+def _deepseek(fields: Fields, experts: Experts, *, max_positions: int, interleaved: bool) -> Arch:
+    """Latent attention, and the scale that YaRN's `mscale_all_dim` puts on its scores."""
+    fields.only("attention_bias", False)
+    plain, turned = fields.get("qk_nope_head_dim", 128), fields.get("qk_rope_head_dim", 64)
+    latent = Latent(
+        kv_rank=fields.get("kv_lora_rank", 512),
+        q_rank=fields.nullable("q_lora_rank", 1536),
+        plain_width=plain,
+        rope_width=turned,
+        value_width=fields.get("v_head_dim", 128),
+        interleaved=interleaved,
+    )
+    fields.only("head_dim", turned)  # as `transformers` saves it
+    fields.only("qk_head_dim", plain + turned)
+    rope = {**fields.get("rope_scaling", {}), **fields.get("rope_parameters", {})}
+    stretch = yarn_gain(float(rope.get("factor") or 1), float(rope.get("mscale_all_dim") or 0))
+    sizes = _sizes(fields, max_positions=max_positions)
+    fields.only("num_key_value_heads", sizes["num_heads"])
+    return Arch(
+        **sizes | {"head_width": plain + turned},
+        **_rope(fields),
+        query_scale=None if stretch == 1 else (plain + turned) ** -0.5 * stretch**2,
+        experts=experts,
+        latent=latent,
     )
 
 
@@ -310,9 +455,18 @@ def _read_rope(
     return theta, scaling
 
 
+def yarn_gain(factor: float, scale: float = 1.0) -> float:
+    """0.1 * scale * ln(factor) + 1 (arXiv:2309.00071, eq. 15)."""
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
 def _yarn(rope: Fields, longest: int) -> Yarn:
     factor = float(rope.need("factor"))
-    gain = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    gain, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    if gain and all_dim:
+        gain = yarn_gain(factor, gain) / yarn_gain(factor, all_dim)
+    else:
+        gain = yarn_gain(factor)
     return Yarn(
         factor=factor,
         slow=float(rope.get("beta_slow", 1)),
@@ -324,11 +478,14 @@ def _yarn(rope: Fields, longest: int) -> Yarn:
 
 
 _FAMILIES: Mapping[str, tuple[str, Callable[[Fields], Arch]]] = {
+    "deepseek_v2": ("DeepseekV2ForCausalLM", _deepseek_v2),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", _deepseek_v3),
     "gemma2": ("Gemma2ForCausalLM", _gemma2),
     "gemma3_text": ("Gemma3ForCausalLM", _gemma3),
     "llama": ("LlamaForCausalLM", _llama),
     "mistral": ("MistralForCausalLM", _mistral),
     "qwen2": ("Qwen2ForCausalLM", _qwen2),
     "qwen3": ("Qwen3ForCausalLM", _qwen3),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", _qwen3_moe),
     "smollm3": ("SmolLM3ForCausalLM", _smollm3),
 }

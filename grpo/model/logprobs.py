@@ -84,6 +84,7 @@ def completion_logprobs(
         batch.positions_RT,
         batch.groups_RT,
         batch.branches_RT,
+        batch.routes_RTLk,
         dtype=dtype,
         remat=remat,
     )

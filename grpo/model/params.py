@@ -26,40 +26,114 @@ class ParamSpec:
 def param_table(arch: Arch) -> dict[str, Any]:
     """Every parameter of the train form, nested as the parameters are.
 
-    The arrays under "layers" are stacked: axis 0 is the layer, which the forward pass scans.
+    The arrays under "layers" are stacked: axis 0 is the layer, which the forward pass scans. So
+    are those under "dense_layers", where a model with experts begins with layers without.
     Residual-writing matrices (`o`, `down`) start smaller by sqrt(2L), as GPT-2 does, so that the
     residual stream keeps unit scale at any depth.
     """
-    V, D, F, L = arch.vocab_size, arch.width, arch.mlp_width, arch.num_layers
-    N, K, H = arch.num_heads, arch.num_kv_heads, arch.head_width
-    unit = 1.0 - arch.norm_offset  # the scale with which a norm only norms
+    V, D = arch.vocab_size, arch.width
     table: dict[str, Any] = {
         "embed": ParamSpec((V, D), ("vocab", "embed"), D),
-        "final_norm": ParamSpec((D,), (None,), 0, unit),
-        "layers": {
-            "attn_norm": ParamSpec((L, D), ("layer", None), 0, unit),
-            "q": ParamSpec((L, D, N, H), ("layer", "embed", "heads", None), D),
-            "k": ParamSpec((L, D, K, H), ("layer", "embed", "kv_heads", None), D),
-            "v": ParamSpec((L, D, K, H), ("layer", "embed", "kv_heads", None), D),
-            "o": ParamSpec((L, N, H, D), ("layer", "heads", None, "embed"), N * H * 2 * L),
-            "mlp_norm": ParamSpec((L, D), ("layer", None), 0, unit),
-            "gate": ParamSpec((L, D, F), ("layer", "embed", "mlp"), D),
-            "up": ParamSpec((L, D, F), ("layer", "embed", "mlp"), D),
-            "down": ParamSpec((L, F, D), ("layer", "mlp", "embed"), F * 2 * L),
-        },
+        "final_norm": ParamSpec((D,), (None,), 0, 1.0 - arch.norm_offset),
     }
-    if arch.qkv_bias:
-        for name, heads, axis in (("q", N, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")):
-            table["layers"][f"{name}_bias"] = ParamSpec((L, heads, H), ("layer", axis, None), 0, 0)
-    if arch.qk_norm:
-        for name in ("q_norm", "k_norm"):
-            table["layers"][name] = ParamSpec((L, H), ("layer", None), 0, unit)
-    if arch.sandwich_norm:
-        for name in ("post_attn_norm", "post_mlp_norm"):
-            table["layers"][name] = ParamSpec((L, D), ("layer", None), 0, unit)
+    if arch.first_dense:
+        table["dense_layers"] = _layers_table(arch, arch.first_dense, _mlp_table)
+    mlp = _experts_table if arch.experts else _mlp_table
+    table["layers"] = _layers_table(arch, arch.num_layers - arch.first_dense, mlp)
     if not arch.tied_head:
         table["head"] = ParamSpec((D, V), ("embed", "vocab"), D)
     return table
+
+
+def _layers_table(
+    arch: Arch, L: int, mlp: Callable[[Arch, int], dict[str, ParamSpec]]
+) -> dict[str, ParamSpec]:
+    """`L` layers of one kind."""
+    D, H, unit = arch.width, arch.head_width, 1.0 - arch.norm_offset  # that only norms
+    layers = {
+        "attn_norm": ParamSpec((L, D), ("layer", None), 0, unit),
+        **(_latent_table(arch, L) if arch.latent else _attention_table(arch, L)),
+        "mlp_norm": ParamSpec((L, D), ("layer", None), 0, unit),
+        **mlp(arch, L),
+    }
+    if arch.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            layers[name] = ParamSpec((L, H), ("layer", None), 0, unit)
+    if arch.sandwich_norm:
+        for name in ("post_attn_norm", "post_mlp_norm"):
+            layers[name] = ParamSpec((L, D), ("layer", None), 0, unit)
+    return layers
+
+
+def _attention_table(arch: Arch, L: int) -> dict[str, ParamSpec]:
+    D, N, K, H = arch.width, arch.num_heads, arch.num_kv_heads, arch.head_width
+    table = {
+        "q": ParamSpec((L, D, N, H), ("layer", "embed", "heads", None), D),
+        "k": ParamSpec((L, D, K, H), ("layer", "embed", "kv_heads", None), D),
+        "v": ParamSpec((L, D, K, H), ("layer", "embed", "kv_heads", None), D),
+        "o": _writer((L, N, H, D), ("layer", "heads", None, "embed"), N * H, arch),
+    }
+    if arch.qkv_bias:
+        for name, heads, axis in (("q", N, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")):
+            table[f"{name}_bias"] = ParamSpec((L, heads, H), ("layer", axis, None), 0, 0)
+    return table
+
+
+def _latent_table(arch: Arch, L: int) -> dict[str, ParamSpec]:
+    """`kv_b` makes of a latent vector each head's plain key, and behind it its value."""
+    latent, D, N, H = arch.latent, arch.width, arch.num_heads, arch.head_width
+    assert latent is not None
+    rank, V = latent.kv_rank, latent.value_width
+    head = ("layer", None, "heads", None)
+    queries = {"q": ParamSpec((L, D, N, H), ("layer", "embed", "heads", None), D)}
+    if latent.q_rank is not None:
+        queries = {
+            "q_a": ParamSpec((L, D, latent.q_rank), ("layer", "embed", None), D),
+            "q_a_norm": ParamSpec((L, latent.q_rank), ("layer", None), 0),
+            "q_b": ParamSpec((L, latent.q_rank, N, H), head, latent.q_rank),
+        }
+    return {
+        **queries,
+        "kv_a": ParamSpec((L, D, latent.cached_width), ("layer", "embed", None), D),
+        "kv_a_norm": ParamSpec((L, rank), ("layer", None), 0),
+        "kv_b": ParamSpec((L, rank, N, latent.plain_width + V), head, rank),
+        "o": _writer((L, N, V, D), ("layer", "heads", None, "embed"), N * V, arch),
+    }
+
+
+def _mlp_table(arch: Arch, L: int, width: int | None = None) -> dict[str, ParamSpec]:
+    D, F = arch.width, arch.mlp_width if width is None else width
+    return {
+        "gate": ParamSpec((L, D, F), ("layer", "embed", "mlp"), D),
+        "up": ParamSpec((L, D, F), ("layer", "embed", "mlp"), D),
+        "down": _writer((L, F, D), ("layer", "mlp", "embed"), F, arch),
+    }
+
+
+def _experts_table(arch: Arch, L: int) -> dict[str, ParamSpec]:
+    """The MLP's names are the shared expert's, if there is one."""
+    experts, D = arch.experts, arch.width
+    assert experts is not None
+    E, F = experts.count, experts.width
+    wide = ("layer", "experts", "embed", "mlp")
+    table = {
+        "router": ParamSpec((L, D, E), ("layer", None, None), D),
+        "expert_gate": ParamSpec((L, E, D, F), wide, D),
+        "expert_up": ParamSpec((L, E, D, F), wide, D),
+        "expert_down": _writer((L, E, F, D), ("layer", "experts", "mlp", "embed"), F, arch),
+    }
+    if experts.selection_bias:
+        table["router_bias"] = ParamSpec((L, E), ("layer", None), 0, 0.0)
+    if experts.shared_width:
+        table |= _mlp_table(arch, L, experts.shared_width)
+    return table
+
+
+def _writer(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, arch: Arch
+) -> ParamSpec:
+    """What writes to the residual stream starts smaller; see `param_table`."""
+    return ParamSpec(shape, axes, fan_in * 2 * arch.num_layers)
 
 
 def map_table(fn: Callable[[ParamSpec], Any], table: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,12 +142,27 @@ def map_table(fn: Callable[[ParamSpec], Any], table: Mapping[str, Any]) -> dict[
 
 
 def decode_table(arch: Arch) -> dict[str, Any]:
-    """The table of the decode form: the stacked arrays become a list of one dict a layer."""
+    """The table of the decode form: the stacked arrays become a list of one dict a layer.
+
+    `kv_b` of latent attention becomes two, which are used apart: `k_up` [rank, N, plain] and
+    `v_up` [rank, N, value].
+    """
     table = param_table(arch)
-    layer = map_table(
-        lambda s: dataclasses.replace(s, shape=s.shape[1:], axes=s.axes[1:]), table["layers"]
-    )
-    return {**table, "layers": [layer] * arch.num_layers}
+
+    def layer(stack: dict[str, ParamSpec]) -> dict[str, ParamSpec]:
+        one = map_table(lambda s: dataclasses.replace(s, shape=s.shape[1:], axes=s.axes[1:]), stack)
+        if arch.latent:
+            both: ParamSpec = one.pop("kv_b")
+            rank, N, _ = both.shape
+            for name, width in ("k_up", arch.latent.plain_width), ("v_up", arch.latent.value_width):
+                one[name] = dataclasses.replace(both, shape=(rank, N, width))
+        return one
+
+    dense = [layer(table.pop("dense_layers"))] * arch.first_dense if arch.first_dense else []
+    return {
+        **table,
+        "layers": dense + [layer(table["layers"])] * (arch.num_layers - arch.first_dense),
+    }
 
 
 def init_params(arch: Arch, key: jax.Array) -> Params:
@@ -95,10 +184,19 @@ def num_params(arch: Arch) -> int:
     return sum(math.prod(spec.shape) for spec in leaves)
 
 
+def active_params(arch: Arch) -> int:
+    """Parameters that one token meets: all but those of the experts it does not go to."""
+    if arch.experts is None:
+        return num_params(arch)
+    E, k = arch.experts.count, arch.experts.per_token
+    layers = param_table(arch)["layers"]
+    routed = sum(math.prod(s.shape) for s in layers.values() if "experts" in s.axes)
+    return num_params(arch) - routed // E * (E - k)
+
+
 def attention_share(arch: Arch) -> float:
     """Operations to attend to one position, over those of one token's matrix products."""
-    leaves = jax.tree.leaves(
-        param_table(arch)["layers"], is_leaf=lambda x: isinstance(x, ParamSpec)
-    )
+    specs = [spec for spec in param_table(arch).values() if isinstance(spec, ParamSpec)]
+    outside = sum(math.prod(spec.shape) for spec in specs)
     attended = 4 * arch.num_heads * arch.head_width * arch.num_layers
-    return attended / (2 * sum(math.prod(spec.shape) for spec in leaves))
+    return attended / (2 * (active_params(arch) - outside))

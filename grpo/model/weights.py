@@ -29,6 +29,8 @@ Put = Callable[[str, ParamSpec, np.ndarray], Any]
 # Arrays not listed are stored as we keep them.
 INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
 INPUT_AXES |= {"q_bias": 0, "k_bias": 0, "v_bias": 0}
+INPUT_AXES |= {"q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1}
+INPUT_AXES |= {"router": 1, "expert_gate": 1, "expert_up": 1, "expert_down": 1}
 
 
 def read_arch(source: Path) -> Arch:
@@ -73,11 +75,11 @@ def load_weights(source: Path, arch: Arch, put: Put | None = None) -> Params:
     table = dict(flat_table(arch))
     _check_names(stored, table)
 
-    params: Params = {"layers": {}}
+    params: Params = {}
     for path, spec in table.items():
         group, _, name = path.rpartition("/")
         leaf = place(path, spec, _read_param(stored, path, spec))
-        (params[group] if group else params)[name] = leaf
+        (params.setdefault(group, {}) if group else params)[name] = leaf
     return params
 
 
@@ -86,7 +88,8 @@ class _Stored:
     """The tensors of one stored model, whatever the format."""
 
     listing: Path  # the file that says which tensors there are
-    names: Mapping[str, str]  # our path -> their name, with {layer}
+    names: Mapping[str, str]  # our path -> their name, with {layer} and {expert}
+    first_dense: int  # layers before those that are stacked under "layers"
     files: Mapping[str, Path]  # their name -> the file that holds it
     ignored: Callable[[str], bool]  # their names that carry nothing we need
     shape: Callable[[str], tuple[int, ...]]
@@ -101,15 +104,28 @@ def flat_table(arch: Arch) -> Iterator[tuple[str, ParamSpec]]:
             yield from ((f"{name}/{inner}", spec) for inner, spec in entry.items())
 
 
-def _their_names(stored: _Stored, path: str, spec: ParamSpec) -> list[str]:
-    """Stored names of one of our arrays: one, or one a layer."""
-    if not path.startswith("layers/"):
-        return [stored.names[path]]
-    return [stored.names[path].format(layer=layer) for layer in range(spec.shape[0])]
+def their_names(
+    names: Mapping[str, str], first_dense: int, path: str, spec: ParamSpec
+) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Where in one of our arrays each stored tensor goes, and its name.
+
+    () and one name; or (layer,) for each; or (layer, expert) for each.
+    """
+    first = first_dense if path.startswith("layers/") else 0
+    stacked = spec.axes[: 2 if "experts" in spec.axes else 1] if "/" in path else ()
+    for place in np.ndindex(spec.shape[: len(stacked)]):
+        numbers = dict(zip(("layer", "expert"), place, strict=False))
+        if numbers:
+            numbers["layer"] += first
+        yield place, names[path].format(**numbers)
 
 
 def _check_names(stored: _Stored, table: Mapping[str, ParamSpec]) -> None:
-    expected = {n for path, spec in table.items() for n in _their_names(stored, path, spec)}
+    expected = {
+        name
+        for path, spec in table.items()
+        for _, name in their_names(stored.names, stored.first_dense, path, spec)
+    }
     missing = sorted(expected - stored.files.keys())
     if missing:
         raise ValueError(f"{stored.listing}: {_some(missing)} missing")
@@ -127,12 +143,9 @@ def _some(names: list[str]) -> str:
 
 def _read_param(stored: _Stored, path: str, spec: ParamSpec) -> np.ndarray:
     """One of our arrays, float32; layers are filled in one by one."""
-    names = _their_names(stored, path, spec)
-    if not path.startswith("layers/"):
-        return np.ascontiguousarray(_read_tensor(stored, names[0], path, spec.shape))
     out = np.empty(spec.shape, np.float32)
-    for layer, name in enumerate(names):
-        out[layer] = _read_tensor(stored, name, path, spec.shape[1:])
+    for place, name in their_names(stored.names, stored.first_dense, path, spec):
+        out[place] = _read_tensor(stored, name, path, spec.shape[len(place) :])
     return out
 
 
@@ -172,9 +185,14 @@ def _open_safetensors(folder: Path, arch: Arch) -> _Stored:
     def ignored(name: str) -> bool:
         # Old exports keep the rotary frequencies; some keep a copy of a tied head. A head that is
         # not tied is in the table, so this never hides one.
-        return name.endswith(".rotary_emb.inv_freq") or name == families.HF_LLAMA_NAMES["head"]
+        # DeepSeek-V3 has a layer behind the last that predicts the token after next; the model
+        # without it is the model that is trained.
+        extra = bool(arch.latent) and name.startswith(f"model.layers.{arch.num_layers}.")
+        copied = name == families.HF_LLAMA_NAMES["head"]
+        return name.endswith(".rotary_emb.inv_freq") or copied or extra
 
-    return _Stored(listing, families.hf_names(arch), files, ignored, shape, read)
+    names = families.hf_names(arch)
+    return _Stored(listing, names, arch.first_dense, files, ignored, shape, read)
 
 
 def _safetensors_files(folder: Path) -> tuple[Path, dict[Path, Any], dict[str, Path]]:
@@ -252,7 +270,7 @@ def _open_gguf(path: Path, arch: Arch) -> _Stored:
         return half_split_rows(values, count) if count else values
 
     files = dict.fromkeys(tensors, path)
-    return _Stored(path, families_gguf.GGUF_LLAMA_NAMES, files, lambda name: False, shape, read)
+    return _Stored(path, families_gguf.GGUF_LLAMA_NAMES, 0, files, lambda name: False, shape, read)
 
 
 def half_split_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:
