@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo.model import families
+from grpo.model import families_gguf
 from grpo.model.arch import Arch
 from grpo.model.families_out import add_gguf_fields
 from grpo.model.params import Params
@@ -56,7 +56,7 @@ def write_gguf(
         "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
         "float32": gguf.LlamaFileType.ALL_F32,
     }
-    tensors = stored_tensors(arch, families.GGUF_LLAMA_NAMES)
+    tensors = stored_tensors(arch, families_gguf.GGUF_LLAMA_NAMES)
     heads = {"layers/q": arch.num_heads, "layers/k": arch.num_kv_heads}
     writes = jax.process_index() == 0
     # Metadata comes first in the file, and says how large each tensor is: so all is told before
