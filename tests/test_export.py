@@ -14,25 +14,29 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
-from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tiny_experiment import get_config
 
 from grpo import runinfo
 from grpo.checkpoint import Checkpoints, params_sha256, read_params, saved_steps
 from grpo.config import MeshConfig, ModelConfig
 from grpo.data.splits import SPLITS, make_core, split_name
-from grpo.data.tokenizer import ByteTokenizer, load_tokenizer
+from grpo.data.tokenizer import ByteTokenizer, HfTokenizer, load_tokenizer
 from grpo.data.tokenizer_out import byte_core, write_tokenizer
 from grpo.export import export
 from grpo.model.arch import Arch
 from grpo.model.decoder import head, hidden_states
+from grpo.model.families import arch_from_hf
 from grpo.model.families_out import hf_config
+from grpo.model.gguf_out import write_gguf
 from grpo.model.params import init_params, param_table
 from grpo.model.weights import half_split_rows, load_weights, read_arch
 from grpo.model.weights_out import interleaved_rows, rounded, write_safetensors
 from grpo.policy import make_policy
+from grpo.sharding import param_shardings
 from grpo.source import Source, fitting_mesh, is_workdir, open_source
 from grpo.structs import TrainState
+from tools import tiny_models
 
 # No width equals another, the head is not tied, heads share keys; rows of 32 for Q8_0.
 ARCH = Arch(
@@ -114,16 +118,13 @@ def further(tmp_path_factory, model) -> Path:
 
 def on_host(source: Source) -> Any:
     """The parameters, on the mesh that an export would take."""
-    from grpo.sharding import param_shardings
-
     return source.read(param_shardings(param_table(source.arch), fitting_mesh(source.arch)))
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="numpy") as handle:
-            found |= {name: handle.get_tensor(name) for name in handle.keys()}
+        found |= load_file(file)
     return found
 
 
@@ -198,13 +199,8 @@ def test_a_run_exported_and_read_again_is_the_same(run, tmp_path, max_shard_gb):
         assert index["weight_map"].keys() == stored.keys()
         assert index["metadata"]["total_size"] == sum(a.nbytes for a in stored.values())
         # The embedding is 16.5 kB: it has a file of its own, the others are at most 10 kB.
-        data = {file.name: sum(a.nbytes for a in _held(file)) for file in files}
+        data = {file.name: sum(a.nbytes for a in load_file(file).values()) for file in files}
         assert sorted(data.values())[-1] == 258 * 16 * 4 and sorted(data.values())[-2] <= 10**4
-
-
-def _held(file: Path) -> list[np.ndarray]:
-    with safe_open(file, framework="numpy") as handle:
-        return [handle.get_tensor(name) for name in list(handle.keys())]
 
 
 def test_tensors_land_entry_by_entry(model):
@@ -236,7 +232,7 @@ def test_a_folder_in_half_precision_goes_round_bit_for_bit(tmp_path, dtype):
 
 
 def test_rounding_is_to_the_nearest_and_refuses_infinity():
-    values = np.float32([1.0, 1 + 2**-9, 1 + 3 * 2**-9, -3.0e38])
+    values = np.array([1.0, 1 + 2**-9, 1 + 3 * 2**-9, -3.0e38], np.float32)
     np.testing.assert_array_equal(
         rounded(values[:3], "bfloat16", "w").astype(np.float32), [1.0, 1.0, 1 + 2**-7]
     )
@@ -272,12 +268,47 @@ def test_nothing_is_left_where_an_export_fails(further, tmp_path):
         export(source, tmp_path / "out", dtype="q8_0")
     huge = dataclasses.replace(source, workdir=None, files=write_model(tmp_path / "huge"))
     big = {name: value * 1e7 for name, value in tensors_of(tmp_path / "huge").items()}
-    from safetensors.numpy import save_file
-
     save_file(big, tmp_path / "huge" / "model.safetensors")
     with pytest.raises(ValueError, match="tensor model.embed_tokens.weight: .* float16"):
         export(huge, tmp_path / "out", dtype="float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "huge"]
+
+
+# ---- families ----------------------------------------------------------------------------------
+
+FAMILIES: dict[str, Any] = json.loads(
+    (Path(__file__).parent / "golden" / "families.json").read_text()
+)["models"]
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_family_goes_round_bit_for_bit(tmp_path, name):
+    folder = tiny_models.write_folder(tmp_path / "in", **FAMILIES[name])
+    export(Source(read_arch(folder), ByteTokenizer(), folder), tmp_path / "out")
+    before, after = tensors_of(folder), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for tensor, value in before.items():
+        np.testing.assert_array_equal(after[tensor], value)
+    assert read_arch(tmp_path / "out") == read_arch(folder)
+
+
+def test_gguf_has_the_families_that_its_metadata_can_express(tmp_path):
+    written = set()
+    for name, model in FAMILIES.items():
+        folder = tiny_models.write_folder(tmp_path / name, **model)
+        arch, path = read_arch(folder), tmp_path / f"{name}.gguf"
+        params = load_weights(folder, arch)
+        how: dict[str, Any] = {"dtype": "float32", "name": name, "add_tokenizer": lambda _: None}
+        try:
+            write_gguf(path, params, arch, **how)
+        except ValueError as error:
+            assert "convert_hf_to_gguf.py of llama.cpp" in str(error)
+            assert not path.exists()
+            continue
+        assert read_arch(path) == arch and arch_from_hf(hf_config(arch)) == arch
+        assert params_sha256(load_weights(path, arch)) == params_sha256(params)
+        written.add(str(model["config"]["model_type"]))
+    assert written == {"llama", "qwen2", "qwen3"}
 
 
 # ---- tokenizers --------------------------------------------------------------------------------
@@ -315,6 +346,7 @@ def test_splits_cut_as_their_models_do(name, pieces):
 
 def test_a_split_that_gguf_cannot_name_is_refused(further, tmp_path):
     source = open_source(str(further))
+    assert isinstance(source.tokenizer, HfTokenizer)
     core = tokenizers.Tokenizer.from_str(source.tokenizer.core.to_str())
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     odd = dataclasses.replace(source, tokenizer=dataclasses.replace(source.tokenizer, core=core))
@@ -436,10 +468,12 @@ def test_transformers_gives_the_same_logits(run, further, tmp_path, kind):
 
 
 def logits(params: Any, arch: Arch, tokens: np.ndarray) -> np.ndarray:
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    one = np.ones(tokens.shape, np.int32)
-    hidden = hidden_states(params, arch, tokens, positions, one, one, dtype="float32", remat="none")
-    return np.asarray(jnp.einsum("btd,dv->btv", hidden, head(params)))
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    one = jnp.ones(tokens.shape, jnp.int32)
+    hidden = hidden_states(
+        params, arch, jnp.asarray(tokens), positions, one, one, dtype="float32", remat="none"
+    )
+    return np.asarray(hidden @ head(params))
 
 
 def test_the_command_writes_and_explains(run, tmp_path):
