@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from grpo import fetch
 from grpo.config import Config, ModelConfig
-from grpo.data.tokenizer import Tokenizer, load_tokenizer
+from grpo.data.tokenizer import Tokenizer, load_tokenizer, with_thinking
 from grpo.model.arch import Arch
 from grpo.model.decoder import to_decode
 from grpo.model.logprobs import completion_logprobs
@@ -52,6 +52,8 @@ def make_policy(config: Config) -> Policy:
     if config.model.source:
         path = fetch.model_path(config.model.source)
         arch, tokenizer = read_arch(path), load_tokenizer(path)
+        if config.model.thinking != "default":
+            tokenizer = with_thinking(tokenizer, config.model.thinking == "on")
         read = partial(load_weights, path, arch)
     else:
         tokenizer = load_tokenizer("bytes")
