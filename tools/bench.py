@@ -36,6 +36,7 @@ from grpo.config import Config, ModelConfig, OptimConfig, bind
 from grpo.data.prompts import encode_prompt
 from grpo.data.tokenizer import load_tokenizer
 from grpo.engine.engine import Engine, Request
+from grpo.host_memory import return_free_pages, return_large_blocks
 from grpo.model.arch import Arch
 from grpo.model.params import Params, attention_share, num_params
 from grpo.model.weights import load_weights, read_arch
@@ -339,6 +340,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     bench.engine.compile(bench.weights())
     empty = to_device(pack([], bench.row_shape).microbatches[0], bench.policy.mesh)
     bench.update.compile(bench.state.params, empty)
+    return_free_pages()
     bench.rollout(0)
     bench.learn(0)
     compile_s = time.perf_counter() - started
@@ -434,8 +436,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="JSON lines with a 'question' each, for --lengths=real")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--remat", default="products")
-    parser.add_argument("--logprob_chunk", type=int, default=256)
-    parser.add_argument("--microbatch_tokens", type=int, default=2048)
+    parser.add_argument("--logprob_chunk", type=int, default=128)
+    parser.add_argument("--microbatch_tokens", type=int, default=1024)
     parser.add_argument("--slots", type=int, default=0, help="0: one a completion")
     parser.add_argument("--slots_per_prompt", type=int, default=0, help="0: the group; 1: unshared")
     parser.add_argument("--tail_slots", type=int, default=0)
@@ -451,6 +453,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Prints one JSON line, or the table."""
+    return_large_blocks()
     args = arguments()
     if args.part != "all":
         print(json.dumps(measure(args)))
