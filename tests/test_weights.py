@@ -336,9 +336,15 @@ def test_gguf_equals_the_folder_it_was_made_from(tmp_path, tied):
     jax.tree.map(np.testing.assert_array_equal, got, load_weights(folder, arch))
 
 
-def test_gguf_values_are_rounded_to_bfloat16(tmp_path):
-    path = write_gguf(tmp_path / "tiny.gguf", GGUF_ARCH, hf_tensors(GGUF_ARCH))
-    for leaf in jax.tree.leaves(load_weights(path, GGUF_ARCH)):
+def test_quantised_values_alone_are_rounded_to_bfloat16(tmp_path):
+    tensors = hf_tensors(GGUF_ARCH)
+    params = load_weights(write_gguf(tmp_path / "tiny.gguf", GGUF_ARCH, tensors), GGUF_ARCH)
+    layers = params["layers"]
+    last, first = params.pop("final_norm"), layers.pop("attn_norm")[0]
+    np.testing.assert_array_equal(last, tensors["model.norm.weight"])
+    np.testing.assert_array_equal(first, tensors["model.layers.0.input_layernorm.weight"])
+    del layers["mlp_norm"]
+    for leaf in jax.tree.leaves(params):
         rounded = np.asarray(leaf).astype(ml_dtypes.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(leaf, rounded)
 

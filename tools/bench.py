@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,14 +33,13 @@ from grpo import advantage, loss
 from grpo.batch import RowShape, Sample, pack, row_shape, to_device, totals
 from grpo.config import Config, ModelConfig, OptimConfig, bind
 from grpo.data.prompts import encode_prompt
-from grpo.data.tokenizer import load_tokenizer
 from grpo.engine.engine import Engine, Request
 from grpo.host_memory import return_free_pages, return_large_blocks
 from grpo.model.arch import Arch
 from grpo.model.params import Params, attention_share, num_params
-from grpo.model.weights import load_weights, read_arch
 from grpo.policy import Policy, lay_out
 from grpo.sharding import batch_ways, make_mesh
+from grpo.source import open_source
 from grpo.structs import Completion, Scores, TrainState
 from grpo.update import Update, decayed_params, init_state, learning_rate, make_optimizer
 from rewards.api import Problem
@@ -299,17 +297,16 @@ class Bench:
 
 def _policy(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Policy:
     if args.model:
-        path = Path(args.model)
-        arch, tokenizer = read_arch(path), load_tokenizer(path)
+        source = open_source(args.model)
+        arch, tokenizer, read = source.arch, source.tokenizer, source.read
     else:
         arch = SHAPES[args.shape]
         mean = args.new / 2 if args.lengths == "geometric" else 0
         stops = tuple(range(round(arch.vocab_size / mean))) if mean else ()
-        tokenizer = IdTokenizer(arch.vocab_size, eos_ids=stops)
+        tokenizer, read = IdTokenizer(arch.vocab_size, eos_ids=stops), None
     model = ModelConfig(
         compute_dtype=args.dtype, remat=args.remat, logprob_chunk=args.logprob_chunk
     )
-    read = (lambda put: load_weights(path, arch, put)) if args.model else None
     return lay_out(arch, tokenizer, mesh, model, temperature=1.0, read=read)
 
 

@@ -6,12 +6,9 @@ import jax
 import jax.numpy as jnp
 
 KV = tuple[jax.Array, jax.Array]  # keys and values, each [B, S, K, H]
+
+
 _BLOCK = 256  # queries whose attention scores exist at one time
-
-
-def capped(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(x / cap), which never leaves (-cap, cap) (arXiv:2408.00118, section 2)."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def attention(
@@ -42,6 +39,11 @@ def _capped_attention(
     scores_BKnTS = jnp.where(mask_BTS[:, None, None], capped(scores_BKnTS, cap), low)
     weight_BKnTS = jax.nn.softmax(scores_BKnTS, axis=-1).astype(v_BSKH.dtype)
     return jnp.einsum("bknts,bskh->btknh", weight_BKnTS, v_BSKH).reshape(B, T, N, H)
+
+
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap), which never leaves (-cap, cap) (arXiv:2408.00118, section 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def tree_mask(

@@ -19,28 +19,30 @@ class Summed(struct.PyTreeNode):
     sums: Any  # as `weights`: gradients of earlier microbatches
 
 
-def scan_layers(layer: Callable[[Any, Any, Any], Any], x: Any, stacked: Any, own: Any) -> Any:
-    """`layer(x, weights, own)` of every layer in turn.
+def scan_layers(layer: Callable[[Any, Any, Any], Any], x: Any, stacked: Any, settings: Any) -> Any:
+    """`layer(x, weights, settings)` of every layer in turn.
 
     Args:
-      layer: (x, weights of one layer, what else is its own) -> x.
+      layer: (x, weights of one layer, its settings) -> x.
       x: what goes in.
       stacked: weights with a leading layer axis, or `Summed`.
-      own: arrays with a leading layer axis that are no weights and get no gradient.
+      settings: arrays with a leading layer axis, which get no gradient.
     """
     if not isinstance(stacked, Summed):
-        return jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x, (stacked, own))[0]
+        return jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x, (stacked, settings))[0]
 
-    def step(carry: tuple[Any, Any], xs: tuple[Any, ...]) -> tuple[tuple[Any, Any], None]:
-        (x, stack), (number, weights, own) = carry, xs
+    def step(
+        carry: tuple[Any, Any], xs: tuple[jax.Array, Any, Any]
+    ) -> tuple[tuple[Any, Any], None]:
+        (x, stack), (number, weights, settings) = carry, xs
         weights, stack = _routed(weights, stack, number)
-        return (layer(x, weights, own), stack), None
+        return (layer(x, weights, settings), stack), None
 
     # The weights are read from the scanned copy; their gradients flow into the carried one, whose
     # values nobody reads, so that it exists in the backward pass alone.
     weights = stacked.weights
     numbers = jnp.arange(len(jax.tree.leaves(weights)[0]))
-    carry, xs = (x, weights), (numbers, jax.lax.stop_gradient(weights), own)
+    carry, xs = (x, weights), (numbers, jax.lax.stop_gradient(weights), settings)
     (x, stack), _ = jax.lax.scan(step, carry, xs)
     return _begun(x, stack, jax.lax.stop_gradient(stacked.sums))
 

@@ -27,8 +27,8 @@ Put = Callable[[str, ParamSpec, np.ndarray], Any]
 # with its first `n` axes (the inputs) flattened, the rest (the outputs) flattened, transposed; a
 # bias has outputs only.
 # Arrays not listed are stored as we keep them.
-_INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
-_INPUT_AXES |= {"q_bias": 0, "k_bias": 0, "v_bias": 0}
+INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
+INPUT_AXES |= {"q_bias": 0, "k_bias": 0, "v_bias": 0}
 
 
 def read_arch(source: Path) -> Arch:
@@ -70,7 +70,7 @@ def load_weights(source: Path, arch: Arch, put: Put | None = None) -> Params:
     """
     stored = (_open_gguf if _is_gguf(source) else _open_safetensors)(source, arch)
     place: Put = put or (lambda path, spec, array: jnp.asarray(array))
-    table = dict(_flat_table(arch))
+    table = dict(flat_table(arch))
     _check_names(stored, table)
 
     params: Params = {"layers": {}}
@@ -93,7 +93,7 @@ class _Stored:
     read: Callable[[str], np.ndarray]  # float32 [outputs, inputs]
 
 
-def _flat_table(arch: Arch) -> Iterator[tuple[str, ParamSpec]]:
+def flat_table(arch: Arch) -> Iterator[tuple[str, ParamSpec]]:
     for name, entry in param_table(arch).items():
         if isinstance(entry, ParamSpec):
             yield name, entry
@@ -138,7 +138,7 @@ def _read_param(stored: _Stored, path: str, spec: ParamSpec) -> np.ndarray:
 
 def _read_tensor(stored: _Stored, name: str, path: str, shape: tuple[int, ...]) -> np.ndarray:
     """Tensor `name` brought to our `shape`, after checking its stored one."""
-    inputs = _INPUT_AXES.get(path.rpartition("/")[2])
+    inputs = INPUT_AXES.get(path.rpartition("/")[2])
     expected = shape
     if inputs is not None:
         expected = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))[: 1 + (inputs > 0)]
@@ -226,8 +226,9 @@ def _gguf_reader(path: Path) -> Any:
 
 
 def _open_gguf(path: Path, arch: Arch) -> _Stored:
-    from gguf import dequantize
+    from gguf import GGMLQuantizationType, dequantize
 
+    whole = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
     reader = _gguf_reader(path)
     tensors = {t.name: t for t in reader.tensors}
     heads = {}
@@ -238,13 +239,15 @@ def _open_gguf(path: Path, arch: Arch) -> _Stored:
         return tuple(map(int, reversed(tensors[name].shape)))
 
     def read(name: str) -> np.ndarray:
-        values = np.asarray(dequantize(tensors[name].data, tensors[name].tensor_type), np.float32)
+        kind = tensors[name].tensor_type
+        values = np.asarray(dequantize(tensors[name].data, kind), np.float32)
         if name.endswith("norm.weight"):  # llama.cpp keeps scales with the offset added
             values = values - arch.norm_offset
         # The weights were published in bfloat16. Rounding what the quantisation left of them to
         # bfloat16 gives what a folder converted from this file would hold: one model, one set
         # of parameters, whichever file it came from.
-        values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
+        if kind not in whole:
+            values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
         count = next((n for suffix, n in heads.items() if name.endswith(suffix)), 0)
         return half_split_rows(values, count) if count else values
 
