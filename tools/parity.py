@@ -37,7 +37,8 @@ ROWS = [np.array(row, np.int32) for row in tiny_models.TOKENS]
 FED = 6  # of each row, behind its prompt
 
 # Compiling is most of the time here, and half of that the optimiser's.
-_jit = partial(jax.jit, static_argnums=1, compiler_options={"xla_backend_optimization_level": 0})
+QUICK_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
+_jit = partial(jax.jit, static_argnums=1, compiler_options=QUICK_COMPILE)
 
 
 def load(name: str, folder: Path) -> tuple[Arch, Params]:
