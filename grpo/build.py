@@ -39,6 +39,7 @@ from grpo.update import (
     make_optimizer,
 )
 from grpo.watchdog import Watchdog
+from grpo.workdir import Workdir, open_workdir
 from rewards.api import Problem
 
 
@@ -56,6 +57,7 @@ class Run:
       needs_every_row: completions of zero advantage still have a gradient (KL or entropy).
       logprobs: (params, microbatch) -> log-probs [R, C], jitted.
       watchdog: is told what the run does.
+      folder: `workdir`, and where checkpoints go.
     """
 
     config: Config
@@ -75,6 +77,7 @@ class Run:
     needs_every_row: bool
     logprobs: Callable[[Params, Batch], jax.Array]
     watchdog: Watchdog
+    folder: Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +94,14 @@ class _Subset:
         return self.source[self.indices[i]]
 
 
-def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> Run:
+def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Config) -> Run:
     """All parts of a run; the mesh, the watchdog and the reward workers are entered into `stack`.
 
     Raises:
       ValueError, TypeError: the configuration cannot work; nothing has been compiled yet.
       HostError: the processes of the run are not about to do the same.
     """
+    folder = open_workdir(workdir)
     validate(config)
     watchdog = stack.enter_context(Watchdog(config.hosts.watch_s))
     runinfo.check_same(config, workdir)
@@ -164,7 +168,7 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
     sft = None
     if config.sft.num_steps:
         source = config.sft.source or config.data.train
-        sft = SftStage(config, policy, source, workdir / "sft")
+        sft = SftStage(config, policy, source, folder)
     renewed = bool(algo.kl_coef and algo.ref_every)
     state_like = abstract_state(policy, optimizer, keep_reference=renewed)
 
@@ -174,7 +178,7 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
 
     run = Run(
         config=config,
-        workdir=workdir,
+        workdir=folder.path,
         policy=policy,
         schedule=schedule,
         problems=problems,
@@ -196,6 +200,7 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
         needs_every_row=bool(algo.entropy_coef or (algo.kl_coef and not algo.kl_in_reward)),
         logprobs=make_logprobs(policy),
         watchdog=watchdog,
+        folder=folder,
     )
     _read_what_the_loop_reads(config)
     check_all_read(config, baseline)

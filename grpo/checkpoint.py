@@ -3,7 +3,6 @@
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,12 +22,18 @@ class Checkpoints:
 
     Where there are several processes all of them make every call, each writes what it holds, and
     the folder is one that all can reach. Use as a context manager.
+
+    Args:
+      folder: a `pathlib.Path` or, for a bucket, an `etils.epath.Path`.
+      keep: the newest so many are kept.
     """
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Any, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(
-            folder.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+            folder if "://" in str(folder) else folder.absolute(),
+            options=options,
+            item_handlers=ocp.StandardCheckpointHandler(),
         )
         self._folder = folder
 

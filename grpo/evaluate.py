@@ -25,15 +25,16 @@ def evaluate(
     Raises:
       ValueError: the configuration has no held-out problems, or cannot work.
     """
-    workdir = Path(workdir)
     if config.data.held_out is None:
         raise ValueError("data.held_out is not set: there is nothing to measure on")
     config.eval.every = config.eval.every or 1
     with ExitStack() as stack:
         stack.enter_context(telling(()))
         run = build(config, workdir, stack, baseline or Config())
+        workdir = run.workdir
+        run.folder.pull()
         checkpoints = stack.enter_context(
-            Checkpoints(workdir / "checkpoints", config.log.keep_checkpoints)
+            Checkpoints(run.folder.saves / "checkpoints", config.log.keep_checkpoints)
         )
         state = checkpoints.restore(run.state_like)
         params = state.params if state is not None else run.policy.initial_params()
@@ -46,6 +47,7 @@ def evaluate(
             print(f"{name:28s} {metrics[name]:.4f}")
         report = json.dumps({"step": step, **metrics}, indent=2)
         (workdir / "evaluation.json").write_text(report + "\n")
+        run.folder.push()
     return metrics
 
 

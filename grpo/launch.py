@@ -46,7 +46,9 @@ def main(command: Callable[..., Any]) -> None:
     config_flag = config_flags.DEFINE_config_file("config", None, "experiment file")
     flags.FLAGS["config"].parser = experiment = _Experiment()
     flags.mark_flag_as_required("config")
-    workdir = flags.DEFINE_string("workdir", None, "folder of this run", required=True)
+    workdir = flags.DEFINE_string(
+        "workdir", None, "folder of this run, or gs://BUCKET/FOLDER", required=True
+    )
     coordinator = flags.DEFINE_string(
         "coordinator_address", None, "HOST:PORT of process 0, where nothing else tells of others"
     )
@@ -76,8 +78,9 @@ def main(command: Callable[..., Any]) -> None:
             apply_preset(preset.value, config, baseline, overrides)
         try:
             hosts.start(coordinator.value, num_processes.value, process_id.value)
+            place = workdir.value if "://" in workdir.value else Path(workdir.value)
             try:
-                command(config, Path(workdir.value), baseline=baseline)
+                command(config, place, baseline=baseline)
             finally:
                 hosts.finish()
         except _EXPECTED as error:

@@ -18,7 +18,7 @@ from grpo.structs import Batch
 _PACKAGES = ("grpo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 
 
-def check_same(config: Config, workdir: Path) -> None:
+def check_same(config: Config, workdir: str | Path) -> None:
     """Every process must be about to do the same. A collective.
 
     Raises:

@@ -36,7 +36,8 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
 
     Args:
       config: what to run; read, never changed.
-      workdir: checkpoints, metrics, rollouts and pictures go here.
+      workdir: checkpoints, metrics, rollouts and pictures go here; a folder or a gs:// address
+        (grpo/workdir.py).
       baseline: what `config` was before the user changed it; a changed field that the run never
         reads is an error. By default the defaults of `Config`.
 
@@ -50,12 +51,13 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
       FloatingPointError: too many updates in a row of the cold start were not finite.
       HostError: the run has several processes, and one of them cannot go on.
     """
-    workdir = Path(workdir)
     with ExitStack() as stack:
         stack.enter_context(telling(AGREED))
         stop = stack.enter_context(StopSignal())
         run = build(config, workdir, stack, baseline or Config())
-        config, phase = run.config, run.watchdog.phase
+        config, workdir, phase = run.config, run.workdir, run.watchdog.phase
+        run.folder.pull()
+        stack.callback(run.folder.push)
         runinfo.write(config, workdir)
         if config.reward.gold_check:
             reward = config.reward
@@ -64,7 +66,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
                 hosts.say(found)
         phase("opening the checkpoints")
         checkpoints = stack.enter_context(
-            Checkpoints(workdir / "checkpoints", config.log.keep_checkpoints)
+            Checkpoints(run.folder.saves / "checkpoints", config.log.keep_checkpoints)
         )
         state = restore_or_start(run, checkpoints, stop)
         algo, first = config.algo, int(state.step)
@@ -122,11 +124,13 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
             phase(f"step {step}: saving")
             stopping = stop.requested()
             if (step + 1) % config.log.save_every == 0 or stopping:
+                run.folder.push()
                 checkpoints.save(state)
             if stopping:
                 checkpoints.wait()
                 stop.leave(step + 1)
 
+        run.folder.push()
         checkpoints.save(state)
         final = evaluate_if_due(run, state, config.num_steps)
         if final:
@@ -138,6 +142,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         report_run(workdir)
         print(diagnose.brief(workdir))
         print(f"params_sha256 {digest}")
+        run.folder.push()
     return state
 
 

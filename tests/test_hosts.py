@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,7 @@ def test_what_is_missing_is_named(environ, given, message):
 
 
 def test_a_single_process_agrees_with_itself():
-    gathered = hosts.gather({"a": np.arange(3), "b": np.float64(0.1)})
+    gathered = hosts.gather({"a": np.arange(3), "b": np.array(0.1)})
     assert gathered["a"].tolist() == [[0, 1, 2]] and gathered["b"].tolist() == [0.1]
     assert hosts.from_main({"a": (1, None)}) == {"a": [1, None]}
     assert hosts.is_main() and hosts.owns(7)
@@ -229,3 +231,111 @@ def test_loss_gradients_and_the_update_do_not_depend_on_processes(results):
         # The digest is of the values, wherever they lie.
         assert got["params_sha256_before"] == expected["params_sha256_before"]
     assert results["0"]["update"] == results["1"]["update"]
+
+
+# ---- Whole runs --------------------------------------------------------------------------------
+
+EXPERIMENT = [f"--config={HERE / 'tiny_experiment.py'}"]
+Mesh = tuple[int, int, int]
+
+
+def launch(
+    workdir: Path, mesh: Mesh, count: int = 1, own: Sequence[str] = (), **fields
+) -> Processes:
+    """The same command for every process, but for `own`, flags of the last one."""
+    sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    flags = [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
+    flags += [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
+    command = ["-m", "grpo.launch", *EXPERIMENT, f"--workdir={workdir}", *flags]
+    several = [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={count}"]
+    commands = [[*command, *several, f"--process_id={i}"] for i in range(count)]
+    commands[-1] += own
+    workdir.parent.mkdir(exist_ok=True)
+    devices = int(np.prod(mesh)) // count
+    return Processes(commands if count > 1 else [command], devices, workdir.parent)
+
+
+@pytest.mark.parametrize(
+    "own, both_say, first_says",
+    [
+        (
+            "--config.seed=1",
+            "ValueError: this process differs from process 0: config.seed: 0 -> 1",
+            "",
+        ),
+        (
+            "--config.algo.minibatches=3",
+            "ValueError: problems_per_step (4) x group_size (4) = 16 rows cannot be split into 3",
+            "ends too, because another one failed: process 1 of 2 (",
+        ),
+    ],
+)
+def test_a_process_that_cannot_go_on_ends_all(tmp_path, own, both_say, first_says):
+    with launch(tmp_path / "run", (1, 2, 1), count=2, own=[own]) as run:
+        assert run.ended(120) == [1, 1], run.said()
+        said = run.said()
+    assert first_says in said[0]
+    for text in said:
+        assert both_say in text and "Traceback" not in text
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_close_metrics(ours: Path, theirs: Path) -> None:
+    """All of them but times, to what float32 leaves of sums in another order."""
+    measured = ("time/", "rollout/tokens_per_s", "rollout/idle_share", "sft/tokens_per_s")
+    # Differences that are rounding themselves; and how much of a microbatch of another shape is
+    # padding, how many programs there are.
+    rounding = ("sampler/gap", "sampler/kl", "engine/compiled")
+    for got, expected in zip(rows(ours), rows(theirs), strict=True):
+        assert got.keys() == expected.keys()
+        for name in got:
+            if not name.startswith((*measured, *rounding)):
+                wanted = pytest.approx(expected[name], rel=1e-4, abs=1e-6)
+                assert got[name] == wanted, (got["step"], name)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_processes_and_devices(tmp_path):
+    """Eight devices of two processes, stopped; two of one; one in each of two: as eight of one."""
+    with launch(tmp_path / "a" / "run", (2, 2, 2)) as straight:
+        assert straight.ended() == [0], straight.said()
+    workdir = tmp_path / "b" / "run"
+    with launch(workdir, (2, 2, 2), count=2, log__save_every=50) as run:
+        while not (workdir / "sft/metrics.jsonl").exists():
+            assert run.all[0].poll() is None, run.said()
+            time.sleep(0.01)
+        run.all[1].send_signal(signal.SIGTERM)  # one of them is told; both stop, after one step
+        assert run.ended() == [143, 143], run.said()
+        assert "saved after step" in run.said()[0]
+    assert len([p for p in (workdir / "sft/checkpoints").iterdir() if p.is_dir()]) == 1
+    with launch(workdir, (1, 2, 1), num_steps=2) as run:
+        assert run.ended() == [0], run.said()
+    with launch(workdir, (2, 1, 1), count=2) as run:
+        assert run.ended() == [0, 0], run.said()
+        assert "resuming after step 2 of 4" in run.said()[0] and run.said()[1].count("\n") < 50
+    expected = tmp_path / "a" / "run"
+    for name in ("rollouts.jsonl", *(f"evaluations/step_{i:06d}.jsonl" for i in (0, 2, 4))):
+        assert rows(workdir / name) == rows(expected / name), name
+    assert_close_metrics(workdir / "metrics.jsonl", expected / "metrics.jsonl")
+    assert_close_metrics(workdir / "sft/metrics.jsonl", expected / "sft/metrics.jsonl")
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_killed_and_the_run_ends_bit_identical(tmp_path):
+    sizes = [f"--config.mesh.{axis}={n}" for axis, n in (("data", 2), ("fsdp", 1), ("tensor", 1))]
+    tool = [
+        "tools/resume_check.py",
+        str(tmp_path / "out"),
+        "--processes=2",
+        "--kills=1",
+        "--seed=1",
+    ]
+    with Processes([[*tool, "--", *EXPERIMENT, *sizes]], 1, tmp_path) as check:
+        assert check.ended() == [0], check.said()
+        found = json.loads(check.said()[0].splitlines()[-1])
+    assert found["same_params"] and found["same_metrics"]
+    assert len(found["killed_after_s"]) == 1

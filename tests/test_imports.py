@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "grpo.schedule": ("grpo.batch", "grpo.config"),
     "grpo.hosts": (),
     "grpo.watchdog": ("grpo.hosts",),
+    "grpo.workdir": ("grpo.hosts",),
     "grpo.signals": ("grpo.hosts",),
     "grpo.metrics": ("grpo.hosts",),
     "grpo.data": ("grpo.data",),

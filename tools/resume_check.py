@@ -55,7 +55,7 @@ class Run:
         for process in self.processes:
             if process.wait():
                 self.kill()
-                sys.exit(f"{process.args} ended with status {process.returncode}; see the log")
+                sys.exit(f"{process.args!r} ended with status {process.returncode}; see the log")
 
     def kill(self) -> None:
         for process in self.processes:

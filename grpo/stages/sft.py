@@ -7,7 +7,6 @@ differs, and only completion tokens count.
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 from grpo import hosts
 from grpo.batch import Sample, pack, row_shape, to_device, totals
@@ -33,6 +32,7 @@ from grpo.update import (
     make_optimizer,
 )
 from grpo.watchdog import Watchdog
+from grpo.workdir import Workdir
 from rewards.api import Problem
 
 _SHOW_EVERY = 10  # steps a console line: supervised steps are short
@@ -67,7 +67,8 @@ def worked_samples(
 class SftStage:
     """The cold start of one run; made before anything runs, so that every setting is read."""
 
-    def __init__(self, config: Config, policy: Policy, source: ProblemSource, folder: Path):
+    def __init__(self, config: Config, policy: Policy, source: ProblemSource, folder: Workdir):
+        """What the stage leaves is in "sft" of the run's folder."""
         sft, optim = config.sft, config.optim
         if len(source) < sft.rows_per_step:
             raise ValueError(
@@ -101,12 +102,14 @@ class SftStage:
         """
         with ExitStack() as stack:
             state = init_state(self.policy, params, self.optimizer)
-            checkpoints = stack.enter_context(Checkpoints(self.folder / "checkpoints", self.keep))
+            checkpoints = stack.enter_context(
+                Checkpoints(self.folder.saves / "sft" / "checkpoints", self.keep)
+            )
             state = checkpoints.restore(abstract_state(self.policy, self.optimizer)) or state
             done = int(state.step)
             if done < self.num_steps:
                 hosts.say(f"cold start: {self.num_steps} supervised steps of {self.rows} rows")
-            log = stack.enter_context(MetricLog(self.folder, resume_step=done))
+            log = stack.enter_context(MetricLog(self.folder.path / "sft", resume_step=done))
             table = ConsoleTable(SFT_COLUMNS, self.num_steps)
             for step in range(done, self.num_steps):
                 watchdog.phase(f"cold start, step {step}")
@@ -121,10 +124,12 @@ class SftStage:
                     )
                 stopping = stop.requested()
                 if (step + 1) % self.save_every == 0 or stopping:
+                    self.folder.push()
                     checkpoints.save(state)
                 if stopping:
                     checkpoints.wait()
                     stop.leave(step + 1)
+            self.folder.push()
             checkpoints.save(state)
         return state.params
 
