@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 

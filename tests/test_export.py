@@ -87,15 +87,14 @@ def write_run(workdir: Path, base: Path | None = None) -> Path:
     config.num_steps = 3
     policy = make_policy(config)
     runinfo.write(config, workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", 2)
     start = policy.initial_params()
-    for step in (2, 3):
-        params = jax.tree.map(lambda a, step=step: a * (1 + step / 7), start)
-        number = jnp.int32(step)
-        state = TrainState(number, number, number, number, params, {"moment": jnp.zeros(3)})
-        checkpoints.save(state)
-        checkpoints.wait()
-    checkpoints.close()
+    with Checkpoints(workdir / "checkpoints", 2) as checkpoints:
+        for step in (2, 3):
+            params = jax.tree.map(lambda a, step=step: a * (1 + step / 7), start)
+            number = jnp.int32(step)
+            state = TrainState(number, number, number, number, params, {"moment": jnp.zeros(3)})
+            checkpoints.save(state)
+            checkpoints.wait()
     rows = [
         {"step": 0, "eval/pass_at_1": 0.25, "eval/pass_at_1_low": 0.1, "eval/pass_at_1_high": 0.4},
         {"step": 3, "eval/pass_at_1": 0.75, "eval/pass_at_1_low": 0.6, "eval/pass_at_1_high": 0.9},
