@@ -44,9 +44,9 @@ ARCH = Arch(
     width=32,
     mlp_width=64,
     num_layers=3,
-    num_heads=6,
+    num_heads=4,
     num_kv_heads=2,
-    head_width=8,
+    head_width=24,
     rope_theta=5000.0,
     tied_head=False,
     max_positions=128,
@@ -97,16 +97,15 @@ def write_run(workdir: Path, base: Path | None = None) -> Path:
     config.num_steps = 3
     policy = make_policy(config)
     runinfo.write(config, workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", 2)
     start = policy.initial_params()
     trained = jax.jit(lambda params, step: jax.tree.map(lambda a: a * (1 + step / 7), params))
-    for step in (2, 3):
-        params = trained(start, step)
-        number = jnp.int32(step)
-        state = TrainState(number, number, number, number, params, {"moment": jnp.zeros(3)})
-        checkpoints.save(state)
-        checkpoints.wait()
-    checkpoints.close()
+    with Checkpoints(workdir / "checkpoints", 2) as checkpoints:
+        for step in (2, 3):
+            number = jnp.int32(step)
+            moment = {"moment": jnp.zeros(3)}
+            state = TrainState(number, number, number, number, trained(start, step), moment)
+            checkpoints.save(state)
+            checkpoints.wait()
     rows = [
         {"step": 0, "eval/pass_at_1": 0.25, "eval/pass_at_1_low": 0.1, "eval/pass_at_1_high": 0.4},
         {"step": 3, "eval/pass_at_1": 0.75, "eval/pass_at_1_low": 0.6, "eval/pass_at_1_high": 0.9},
@@ -397,12 +396,10 @@ def _as_stored(array: np.ndarray, name: str, dtype: str) -> np.ndarray:
     if dtype != "q8_0":
         kind = {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)
         return array.astype(kind).astype(np.float32)
-    axes = {"embed": 1, "head": 0, "o": (1, 2)}.get(name, 1)  # the inputs
-    if name == "o":
+    if name == "o":  # two axes are inputs
         flat = array.reshape(array.shape[0], -1, array.shape[-1])
         return _blocks(flat, 1).reshape(array.shape)
-    assert isinstance(axes, int)
-    return _blocks(array, axes)
+    return _blocks(array, 0 if name == "head" else 1)
 
 
 def _blocks(array: np.ndarray, axis: int) -> np.ndarray:
