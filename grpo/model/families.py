@@ -5,6 +5,7 @@ decoder cannot compute is refused here, before any weight is read; what GGUF fil
 themselves is read in `grpo.model.families_gguf`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -81,6 +82,9 @@ def arch_from_hf(config: Mapping[str, Any]) -> Arch:
     fields.only("quantization_config")
     arch = read(fields)
     fields.nothing_else(_HARMLESS)
+    if isinstance(arch.rope_scaling, Yarn):  # users who stretch a model leave the old limit there
+        stretched = int(arch.rope_scaling.factor * arch.rope_scaling.original_positions)
+        arch = dataclasses.replace(arch, max_positions=max(arch.max_positions, stretched))
     return arch
 
 
