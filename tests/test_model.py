@@ -377,8 +377,8 @@ def test_num_params_counts_a_tied_head_once():
 
 def test_a_family_of_more_parts_begins_as_if_they_were_not_there():
     """Biases at 0; norms, whose offset is a part of the scale, at what only norms."""
-    more = {"qkv_bias": True, "qk_norm": True, "sandwich_norm": True, "norm_offset": 1.0}
-    arch = dataclasses.replace(ARCH, **more)
+    more: dict[str, Any] = {"qkv_bias": True, "qk_norm": True, "sandwich_norm": True}
+    arch = dataclasses.replace(ARCH, norm_offset=1.0, **more)
     params = init_params(arch, jax.random.key(0))
     arrays = {**params, **params["layers"]}
     parts = [name for name in arrays if name.endswith(("norm", "bias"))]
