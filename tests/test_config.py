@@ -41,7 +41,7 @@ SURFACE = """
     config.data: train held_out max_prompt_tokens check_reference
     config.sample: temperature max_new_tokens slots slots_per_prompt tail_slots draft_tokens
       tokens_per_dispatch stop_strings
-    config.reward: functions workers deadline_s gold_format gold_check
+    config.reward: functions workers deadline_s wait_s gold_format gold_check
     config.algo: problems_per_step group_size minibatches passes microbatch_tokens advantage
       objective aggregate correction clip_low clip_high dual_clip sapo_temperature_positive
       sapo_temperature_negative correction_cap correction_low correction_high sequence_gap_max
@@ -56,6 +56,7 @@ SURFACE = """
       degenerate_steps still_steps max_param_change max_kl_old_nats
     config.log: save_every keep_checkpoints rollouts_every
     config.mesh: data fsdp tensor
+    config.hosts: watch_s
 """
 
 
