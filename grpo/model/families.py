@@ -48,10 +48,11 @@ HF_SANDWICH_NAMES: Mapping[str, str] = {
 _HARMLESS = frozenset(
     """
     _name_or_path architectures attn_implementation bos_token_id cache_implementation
-    chunk_size_feed_forward do_sample dtype eos_token_id id2label initializer_range is_llama_config
-    label2id max_length model_type name_or_path pad_token_id pretraining_tp repetition_penalty
-    return_dict task_specific_params temperature top_k top_p torch_dtype transformers.js_config
-    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache
+    chunk_size_feed_forward do_sample dtype eos_token_id id2label initializer_range
+    is_llama_config label2id max_length model_type name_or_path pad_token_id pretraining_tp
+    repetition_penalty return_dict sep_token_id task_specific_params temperature
+    tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version
+    unk_token_id unsloth_fixed unsloth_version use_cache
     """.split()
 )
 
