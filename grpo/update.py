@@ -57,7 +57,7 @@ def make_optimizer(
 
 
 def decayed_params(policy: Policy) -> dict[str, Any]:
-    """True for matrices, False for norm scales."""
+    """True for matrices, False for norm scales and biases."""
     return map_table(lambda spec: spec.fan_in > 0, param_table(policy.arch))
 
 
