@@ -68,6 +68,10 @@ class Checkpoints:
         """Returns when everything started is on disk."""
         self._manager.wait_until_finished()
 
+    def close(self) -> None:
+        """Waits, and lets go of the folder; all processes together."""
+        self._manager.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -77,9 +81,8 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Waits, and lets go of the folder: all processes together, so not behind an error."""
-        if error is None or jax.process_count() == 1:
-            self._manager.close()
+        if error is None or jax.process_count() == 1:  # else another one may never come
+            self.close()
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
