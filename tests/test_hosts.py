@@ -149,7 +149,7 @@ class Processes:
             process.kill()
             process.wait()
 
-    def ended(self, seconds: float = 500) -> list[int]:
+    def ended(self, seconds: float = 900) -> list[int]:
         """Their exit statuses, once all have ended."""
         until = time.monotonic() + seconds
         return [process.wait(max(until - time.monotonic(), 0.1)) for process in self.all]
