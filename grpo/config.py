@@ -60,8 +60,14 @@ class ModelConfig(Section):
 
     source: str = doc(
         "",
-        "weights: a Hugging Face folder, a .gguf file, or a name `python -m grpo.fetch` knows; "
-        "empty makes a new model over bytes, of the sizes below",
+        "weights: a Hugging Face folder, a .gguf file, the workdir of a run (its newest "
+        "checkpoint), or a name `python -m grpo.fetch` knows; empty makes a new model over bytes, "
+        "of the sizes below",
+    )
+    thinking: str = doc(
+        "default",
+        "on or off: told to chat templates that can ask for a chain of thought or for none "
+        "(Qwen 3, SmolLM 3); default: what the template does by itself",
     )
     width: int = doc(256, "new model: width of the residual stream")
     mlp_width: int = doc(1024, "new model: width of the MLP")
@@ -481,6 +487,11 @@ def validate(config: Config) -> None:
     _need(
         config.model.remat in REMAT_CHOICES,
         f"model.remat is {config.model.remat!r}; choose from {REMAT_CHOICES}",
+    )
+    choices = ("default", "on", "off")
+    _need(
+        config.model.thinking in choices,
+        f"model.thinking is {config.model.thinking!r}; choose from {choices}",
     )
     dtypes = ("float32", "bfloat16")
     _need(

@@ -17,6 +17,7 @@ from grpo.ask import ask
 from grpo.build import Run, build
 from grpo.checkpoint import Checkpoints, params_sha256
 from grpo.config import Config
+from grpo.host_memory import resident_gib, return_free_pages
 from grpo.learn import learn, shaped
 from grpo.metrics import GRPO_COLUMNS, ConsoleTable, JsonlWriter, MetricLog
 from grpo.model.params import Params
@@ -76,6 +77,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         phase("compiling")
         run.engine.compile(run.policy.for_decoding(state.params))
         run.update.compile(state.params, run.empty_batch)
+        return_free_pages()
         log = stack.enter_context(MetricLog(workdir, resume_step=first))
         texts = None
         if hosts.is_main():
@@ -115,6 +117,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
             metrics["optim/bad_updates"] = int(state.bad_updates)
             metrics["time/update_s"] = time.monotonic() - updating
             metrics["time/step_s"] = time.monotonic() - started
+            metrics |= resident_gib()
             metrics["engine/compiled"] = run.engine.num_compiled() + run.update.num_compiled()
             watch.look(gates.UPDATE_GATES, step, metrics, scores, evidence)
             log.log(step, metrics)
