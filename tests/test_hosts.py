@@ -121,7 +121,11 @@ def free_port() -> int:
 def environment(devices: int) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
     path = os.pathsep.join([str(ROOT), str(HERE)])
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
+    ours = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
+    # Only process 0 would find its programs there; once, with programs from it, the collectives of
+    # two processes on CPUs came in different orders.
+    ours.pop("JAX_COMPILATION_CACHE_DIR", None)
+    return ours
 
 
 class Processes:
