@@ -26,15 +26,17 @@ from grpo.scoring import RewardFailure
 _EXPECTED = (ValueError, TypeError, OSError, RewardFailure, GateError, FloatingPointError)
 
 
-def main(command: Callable[..., Any]) -> None:
+def main(command: Callable[..., Any], *, takes_workdir: bool = True) -> None:
     """Parses flags and calls `command(config, workdir, baseline=baseline)`.
 
+    A command that takes no workdir is called without one.
     The baseline is the experiment, with the preset if one is named, before any field was set.
     """
     config_flag = config_flags.DEFINE_config_file("config", None, "experiment file")
     flags.FLAGS["config"].parser = experiment = _Experiment()
     flags.mark_flag_as_required("config")
-    workdir = flags.DEFINE_string("workdir", None, "folder of this run", required=True)
+    if takes_workdir:
+        workdir = flags.DEFINE_string("workdir", None, "folder of this run", required=True)
     preset = flags.DEFINE_enum("preset", None, presets.names(), "algorithm of a paper")
 
     def parse(argv: list[str]) -> list[str]:
@@ -58,7 +60,8 @@ def main(command: Callable[..., Any]) -> None:
             overrides = config_flags.get_override_values(flags.FLAGS["config"])
             apply_preset(preset.value, config, baseline, overrides)
         try:
-            command(config, Path(workdir.value), baseline=baseline)
+            folder = [Path(workdir.value)] if takes_workdir else []
+            command(config, *folder, baseline=baseline)
         except _EXPECTED as error:
             if verbose:
                 raise

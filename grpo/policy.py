@@ -55,7 +55,7 @@ def make_policy(config: Config) -> Policy:
         read = partial(load_weights, path, arch)
     else:
         tokenizer = load_tokenizer("bytes")
-        arch, read = _new_arch(config.model, tokenizer.vocab_size), None
+        arch, read = new_arch(config.model, tokenizer.vocab_size), None
     return lay_out(
         arch,
         tokenizer,
@@ -121,7 +121,8 @@ def _logprobs(params: Params, batch: Batch, **settings: Any) -> tuple[jax.Array,
     return completion_logprobs(params, batch=batch, **settings)
 
 
-def _new_arch(model: ModelConfig, vocab_size: int) -> Arch:
+def new_arch(model: ModelConfig, vocab_size: int) -> Arch:
+    """The shape of a model made anew, from the sizes in the configuration."""
     if model.width % model.num_heads:
         raise ValueError(
             f"model.width ({model.width}) must be a multiple of model.num_heads "

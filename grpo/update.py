@@ -16,7 +16,7 @@ from grpo.loss import Maxima, Means
 from grpo.model.params import Params, ParamSpec, map_table, param_table
 from grpo.policy import Logprobs, Policy
 from grpo.sharding import replicated
-from grpo.structs import Batch, Totals, TrainState
+from grpo.structs import Batch, Program, Totals, TrainState
 
 Objective = Callable[[jax.Array, jax.Array, Batch, Totals], tuple[jax.Array, Means, Maxima]]
 
@@ -212,6 +212,18 @@ class Update:
         nothing = Totals(np.float32(1), np.float32(1))
         sums = self._first(params, empty, nothing)
         jax.block_until_ready(self._more(sums, params, empty, nothing))
+
+    def programs(self, state: TrainState, batch: Batch) -> list[Program]:
+        """What `compile` compiles, and the optimiser, for an abstract state and microbatch."""
+        count = jax.ShapeDtypeStruct((), jnp.float32)
+        totals = Totals(count, count)
+        sums = jax.eval_shape(self._first, state.params, batch, totals)
+        sums = sums.replace(grads=state.params)  # their shapes and shardings
+        return [
+            Program("gradients", self._first, (state.params, batch, totals)),
+            Program("more gradients", self._more, (sums, state.params, batch, totals)),
+            Program("optimiser", self._apply, (state, sums)),
+        ]
 
     def sums(self, params: Params, microbatches: Sequence[Batch], totals: Totals) -> Sums:
         """Loss, metrics and gradients of a minibatch."""
