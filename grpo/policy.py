@@ -6,18 +6,16 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from grpo import fetch
 from grpo.config import Config, ModelConfig
 from grpo.data.tokenizer import Tokenizer, load_tokenizer
 from grpo.model.arch import Arch
 from grpo.model.decoder import to_decode
 from grpo.model.logprobs import completion_logprobs
-from grpo.model.params import Params, ParamSpec, decode_table, init_params, param_table
-from grpo.model.weights import load_weights, read_arch
+from grpo.model.params import Params, decode_table, init_params, param_table
 from grpo.sharding import DECODE_RULES, make_mesh, param_shardings
+from grpo.source import new_arch, open_source
 from grpo.structs import Batch
 
 Logprobs = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
@@ -50,9 +48,8 @@ def make_policy(config: Config) -> Policy:
     """Reads what the model is and lays it out; weights are read only by `initial_params`."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if config.model.source:
-        path = fetch.model_path(config.model.source)
-        arch, tokenizer = read_arch(path), load_tokenizer(path)
-        read = partial(load_weights, path, arch)
+        source = open_source(config.model.source)
+        arch, tokenizer, read = source.arch, source.tokenizer, source.read
     else:
         tokenizer = load_tokenizer("bytes")
         arch, read = new_arch(config.model, tokenizer.vocab_size), None
@@ -86,13 +83,13 @@ def lay_out(
       model: how it is computed; the sizes in it are not looked at.
       temperature: of the log-probs.
       seed: of random weights.
-      read: reads weights, given what puts one array on the devices; None draws random ones.
+      read: reads weights, given their shardings; None draws random ones.
     """
     shardings = param_shardings(param_table(arch), mesh)
 
     def initial_params() -> Params:
         if read is not None:
-            return read(partial(_put, shardings))
+            return read(shardings)
         make = jax.jit(partial(init_params, arch), out_shardings=shardings)
         return make(jax.random.key(seed))
 
@@ -119,29 +116,3 @@ def lay_out(
 
 def _logprobs(params: Params, batch: Batch, **settings: Any) -> tuple[jax.Array, jax.Array]:
     return completion_logprobs(params, batch=batch, **settings)
-
-
-def new_arch(model: ModelConfig, vocab_size: int) -> Arch:
-    """The shape of a model made anew, from the sizes in the configuration."""
-    if model.width % model.num_heads:
-        raise ValueError(
-            f"model.width ({model.width}) must be a multiple of model.num_heads "
-            f"({model.num_heads}): each head gets an equal share"
-        )
-    return Arch(
-        vocab_size=vocab_size,
-        width=model.width,
-        mlp_width=model.mlp_width,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_width=model.width // model.num_heads,
-    )
-
-
-def _put(shardings: dict[str, Any], path: str, spec: ParamSpec, array: np.ndarray) -> jax.Array:
-    """One array of the table ("layers/q") to its devices."""
-    sharding: Any = shardings
-    for name in path.split("/"):
-        sharding = sharding[name]
-    return jax.device_put(array, sharding)

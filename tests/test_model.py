@@ -16,8 +16,9 @@ from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
 from grpo import fetch
 from grpo.batch import RowShape, Sample, pack, unpack
 from grpo.engine.engine import Engine, Request
-from grpo.model import decoder
+from grpo.model import attention
 from grpo.model.arch import REMAT_CHOICES, Arch
+from grpo.model.attention import shared_prefix_attention, tree_attention, tree_mask
 from grpo.model.decoder import (
     decode_step,
     empty_cache,
@@ -26,13 +27,11 @@ from grpo.model.decoder import (
     linear,
     prefill,
     rotary,
-    shared_prefix_attention,
     to_decode,
-    tree_attention,
-    tree_mask,
 )
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params, init_params, map_table, num_params, param_table
+from grpo.model.rope import frequencies
 from grpo.model.weights import load_weights, read_arch
 
 UNTIED = dataclasses.replace(ARCH, tied_head=False)
@@ -112,15 +111,19 @@ def test_rotary_is_a_complex_rotation():
     pairs = x_BTNH[..., :3] + 1j * x_BTNH[..., 3:]
     angle = positions_BT[..., None, None] * 50.0 ** (-2 * np.arange(3) / 6)
     turned = pairs * np.exp(1j * angle)
-    got = rotary(jnp.asarray(x_BTNH), jnp.asarray(positions_BT), 50.0)
-    close(got, np.concatenate([turned.real, turned.imag], axis=-1))
+    frequency_h = frequencies(50.0, None, 6)
+    got = rotary(jnp.asarray(x_BTNH), jnp.asarray(positions_BT), frequency_h, 3.0)
+    close(got, 3 * np.concatenate([turned.real, turned.imag], axis=-1))
 
 
 def test_rotary_scores_depend_on_the_distance_only():
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
     def score(i: int, j: int) -> float:
-        turned = [rotary(jnp.asarray(x), jnp.full((1, 1), p), 100.0) for x, p in ((q, i), (k, j))]
+        frequency_h = frequencies(100.0, None, 8)
+        turned = [
+            rotary(jnp.asarray(x), jnp.full((1, 1), p), frequency_h) for x, p in ((q, i), (k, j))
+        ]
         return float(jnp.sum(turned[0] * turned[1]))
 
     assert score(5, 3) == pytest.approx(score(25, 23), abs=1e-4)
@@ -208,7 +211,7 @@ def test_attention_by_blocks_is_attention(monkeypatch, block):
     qkv = [jnp.asarray(rng.normal(size=(2, T, heads, H)), jnp.float32) for heads in (N, K, K)]
     groups_RT, branches_RT = some_tree(T)
     used_RT11 = (groups_RT > 0)[..., None, None]
-    assert decoder._BLOCK > T
+    assert attention._BLOCK > T
 
     def in_blocks_of(size: int):
         def run(qkv):
@@ -217,7 +220,7 @@ def test_attention_by_blocks_is_attention(monkeypatch, block):
             out = tree_attention(q_RTNH, k_RTKH, v_RTKH, *tree) * used_RT11
             return jnp.sum(jnp.sin(out)), out
 
-        monkeypatch.setattr(decoder, "_BLOCK", size)
+        monkeypatch.setattr(attention, "_BLOCK", size)
         return jax.jit(jax.value_and_grad(run, has_aux=True))(qkv)
 
     jax.tree.map(close, in_blocks_of(block), in_blocks_of(T))

@@ -9,7 +9,7 @@ from grpo.planning.lower import Parts
 from grpo.planning.memory import Footprint, estimate
 
 _SAMPLING = ("prefill", "insert", "replay", "decode", "empty cache", "tail", "tail decode")
-_LEARNING = ("log-probs", "gradients", "more gradients")
+_LEARNING = ("log-probs", "gradients")
 _HALVINGS = 5
 _LEANER = {"none": ("attn", "full"), "products": ("attn", "full"), "attn": ("full",), "full": ()}
 

@@ -42,8 +42,8 @@ LIVE: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tail": (("KV cache", "tail KV cache"), (*_STATE, "decode weights")),
     "tail decode": (("decode weights", "tail KV cache"), (*_STATE, "KV cache")),
     "log-probs": (("parameters",), ("optimiser", "reference")),
+    "no gradients": (("gradients",), ("parameters", "optimiser", "reference")),
     "gradients": (("parameters", "gradients"), ("optimiser", "reference")),
-    "more gradients": (("parameters", "gradients"), ("optimiser", "reference")),
     "optimiser": ((*_STATE, "gradients"), ()),
 }
 UNROLLED = ("hand-over", "empty cache", "prefill", "insert", "replay", "decode", "tail")
@@ -158,7 +158,7 @@ def make_parts(config: Config, arch: Arch, devices: Sequence[Any] | Mesh) -> Par
         programs += engine.programs(weights)
         if config.algo.kl_coef or not schedule.on_policy:
             programs.append(Program("log-probs", make_logprobs(policy), (state.params, batch)))
-        programs += update.programs(state, batch)
+        programs += update.programs(batch)
     params = device_bytes(state.params)
     caches = {
         program.kind: program.arguments[1] for program in programs if "decode" in program.kind

@@ -70,11 +70,9 @@ def estimate(parts: Parts, program: Program) -> Footprint:
     arch, split, config = parts.policy.arch, split_of(parts), parts.config
     width, shape = width_of(parts), parts.row_shape
     temporaries = 0.0
-    if program.kind in ("log-probs", "gradients", "more gradients"):
+    if program.kind in ("log-probs", "gradients"):
         chunk = config.model.logprob_chunk
         temporaries = formulas.update_workspace(arch, split, shape, width=width, chunk=chunk)
-        if program.kind == "more gradients":
-            temporaries += parts.kept["gradients"]  # of this microbatch, before they are added
     elif program.kind in ("decode", "tail decode"):
         rows = len(program.arguments[1].token_B)
         places = parts.engine.max_prompt + program.static["view"]
@@ -98,7 +96,7 @@ def _footprint(kind: str, label: str, found: Mapping[str, float], *, estimated: 
 
 
 def _activations(parts: Parts, kind: str) -> float:
-    if kind not in ("gradients", "more gradients"):
+    if kind != "gradients":
         return 0.0
     return formulas.saved_activations(
         parts.policy.arch,

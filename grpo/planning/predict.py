@@ -73,8 +73,8 @@ class Step:
 
 _STAGE = {
     "log-probs": "log-probs",
+    "no gradients": "update",
     "gradients": "update",
-    "more gradients": "update",
     "optimiser": "update",
 }
 
@@ -172,8 +172,8 @@ def _runs(parts: Parts, program: Program, assumed: Assumptions) -> float:
     passes = bool(algo.kl_coef) + (not parts.schedule.on_policy)
     return {
         "log-probs": passes * number * algo.minibatches,
-        "gradients": updates,
-        "more gradients": updates * (number - 1),
+        "no gradients": updates,
+        "gradients": updates * number,
         "optimiser": updates,
     }.get(kind, 0)
 
@@ -202,13 +202,13 @@ def _work(parts: Parts, program: Program, assumed: Assumptions) -> formulas.Work
         )
     if kind == "log-probs":
         return formulas.logprobs(arch, split, shape, width=width)
-    if kind in ("gradients", "more gradients"):
+    if kind == "gradients":
         remat = parts.config.model.remat
         return formulas.gradients(arch, split, shape, width=width, remat=remat)
     if kind == "optimiser":
         return formulas.optimizer(params, split)
-    written = parts.kept["KV cache"] if kind == "empty cache" else 0.0
-    return formulas.Work(cache_bytes=written)
+    written = {"empty cache": "KV cache", "no gradients": "gradients"}.get(kind, "")
+    return formulas.Work(cache_bytes=parts.kept.get(written, 0.0))
 
 
 def _link_bytes(parts: Parts, program: Program) -> float:
@@ -228,7 +228,7 @@ def _link_bytes(parts: Parts, program: Program) -> float:
         return rows * length / split.batch * summed
     if program.kind == "log-probs":
         return gathered + tokens * summed
-    if program.kind in ("gradients", "more gradients"):
+    if program.kind == "gradients":
         return 2 * gathered + gathered / width * 4 + 2 * tokens * summed
     return 0.0
 

@@ -10,7 +10,7 @@ from grpo.data.tokenizer import ByteTokenizer
 from grpo.model.arch import Arch
 from grpo.model.families import arch_from_hf
 from grpo.model.weights import read_arch
-from grpo.policy import new_arch
+from grpo.source import new_arch
 
 
 def known() -> dict[str, Path]:
