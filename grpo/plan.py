@@ -35,7 +35,7 @@ _LAYERS = flags.DEFINE_enum(
     "layers",
     "extrapolate",
     ["extrapolate", "exact"],
-    "compile programs with unrolled layers (the sampler's) with 2 and 4 layers and extrapolate, or "
+    "compile programs with unrolled layers (the sampler's) with 2 and 3 layers and extrapolate, or "
     "with all of them, which takes minutes each",
 )
 _ALL_SIZES = flags.DEFINE_bool(
@@ -97,7 +97,7 @@ def describe(plan: Plan, price: float | None = None) -> list[str]:
     if plan.compiled is None:
         lines.append("no compiler for this machine here: temporaries and exchanges by formula only")
     elif plan.extrapolated:
-        lines.append("programs with unrolled layers: from 2 and 4 layers, extrapolated")
+        lines.append("programs with unrolled layers: from 2 and 3 layers, extrapolated")
     lines += ["", *_memory_table(plan), "", *_time_table(plan)]
     if plan.step:
         lines += ["", *_step_lines(plan, facts)]

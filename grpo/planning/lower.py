@@ -47,7 +47,7 @@ LIVE: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "optimiser": ((*_STATE, "gradients"), ()),
 }
 UNROLLED = ("hand-over", "empty cache", "prefill", "insert", "replay", "decode", "tail")
-_FEW, _MORE = 2, 4  # layers that unrolled programs are compiled with to extrapolate
+_FEW, _MORE = 2, 3  # layers that unrolled programs are compiled with to extrapolate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,12 +213,13 @@ def compile_all(
     Args:
       parts: of the run.
       every_size: also the smaller sizes of a kind, not its largest only.
-      extrapolate: programs with unrolled layers are compiled with 2 and 4 of them, and what they
+      extrapolate: programs with unrolled layers are compiled with 2 and 3 of them, and what they
         need is taken to be linear in the number of layers.
       tell: gets a line for each.
     """
     wanted = largest(parts, every_size)
-    few = extrapolate and parts.policy.arch.num_layers > _MORE
+    arch = parts.policy.arch
+    few = extrapolate and arch.num_layers > _MORE and not arch.layer_types  # all layers alike
     shorter = [_with_layers(parts, layers) for layers in (_FEW, _MORE)] if few else []
     compiled = []
     for program in wanted:

@@ -33,7 +33,7 @@ class Options:
 
     Attributes:
       every_size: compiles every size of a program, not each kind's largest only.
-      extrapolate: unrolled programs from 2 and 4 layers (`grpo.planning.lower.compile_all`).
+      extrapolate: unrolled programs from 2 and 3 layers (`grpo.planning.lower.compile_all`).
       suggest: looks for a change if the run does not fit.
       assumed: what is not known.
     """
