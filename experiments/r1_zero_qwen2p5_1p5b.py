@@ -1,4 +1,4 @@
-"""R1-Zero on Qwen2.5-1.5B: reinforcement learning on mathematics from the base model, no cold start.
+"""R1-Zero on Qwen2.5-1.5B: reinforcement learning on mathematics, straight from the base model.
 
 Source: DeepSeek-R1-Zero (arXiv:2501.12948), its template (table 1), rewards (accuracy and format)
   and GRPO settings (`grpo.presets.r1_zero`); in small: completions of 2,048 tokens. Model:
@@ -7,8 +7,9 @@ Command:
   (a Hugging Face folder of the base model, and a JSONL file of problems with the fields `problem`
   and `answer`, such as MATH, arXiv:2103.03874:)
   python -m grpo.plan --config=experiments/r1_zero_qwen2p5_1p5b.py --topology=v5e:4x4
-  python -m grpo.launch --config=experiments/r1_zero_qwen2p5_1p5b.py --workdir=gs://BUCKET/r1-zero \\
-      --config.model.source=/models/Qwen2.5-1.5B --config.data.train.path=/data/math_train.jsonl
+  python -m grpo.launch --config=experiments/r1_zero_qwen2p5_1p5b.py \\
+      --workdir=gs://BUCKET/r1-zero --config.model.source=/models/Qwen2.5-1.5B \\
+      --config.data.train.path=/data/math_train.jsonl
 Hardware: TPU v5litepod-16 (4 x 4).
 Time: see the table of plans in README.md. Not run.
 """

@@ -5,8 +5,9 @@ Command:
   python -m grpo.plan --config=experiments/r1_zero_qwen2p5_7b.py --topology=v5e:8x8
   python -m grpo.plan --config=experiments/r1_zero_qwen2p5_7b.py --topology=v6e:4x4 \\
       --config.mesh.fsdp=4
-  python -m grpo.launch --config=experiments/r1_zero_qwen2p5_7b.py --workdir=gs://BUCKET/r1-zero \\
-      --config.model.source=/models/Qwen2.5-7B --config.data.train.path=/data/math_train.jsonl
+  python -m grpo.launch --config=experiments/r1_zero_qwen2p5_7b.py \\
+      --workdir=gs://BUCKET/r1-zero --config.model.source=/models/Qwen2.5-7B \\
+      --config.data.train.path=/data/math_train.jsonl
 Hardware: TPU v5litepod-64 (8 x 8); or TPU v6e-16 (4 x 4) with --config.mesh.fsdp=4.
 Time: see the table of plans in README.md. Not run.
 """

@@ -118,12 +118,10 @@ def _memory_table(plan: Plan) -> list[str]:
 
 
 def _time_table(plan: Plan) -> list[str]:
-    head = ["a run of it", "compile s", "TFLOP", "GB memory", "GB exchanged", "roofline ms"]
+    head = ["a run of it", "compile CPU s", "TFLOP", "GB memory", "GB exchanged", "roofline ms"]
     head += ["predicted ms", "runs a step"]
     rows = []
-    compiled = plan.compiled or [None] * len(plan.footprints)
-    timed = plan.timings or [None] * len(plan.footprints)
-    for f, c, t in zip(plan.footprints, compiled, timed, strict=True):
+    for f, c, t in plan.programs:
         row = [f"{f.kind} {f.label}".strip(), f"{c.seconds:.1f}" if c else "-"]
         if t:
             row += [f"{t.work.flops / 1e12:.3g}", f"{t.work.hbm_bytes / 1e9:.3g}"]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 
 _OPS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -13,6 +13,9 @@ _BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+
+
+_Total = tuple[dict[str, float], dict[str, float], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +41,13 @@ def collectives(text: str) -> Collectives:
       text: `compiled.as_text()`.
     """
     bodies, entry = _computations(text)
-    total: dict[str, tuple[Counter, Counter, int]] = {}
+    total: dict[str, _Total] = {}
 
-    def walk(name: str) -> tuple[Counter, Counter, int]:
+    def walk(name: str) -> _Total:
         if name in total:
             return total[name]
-        counts: Counter = Counter()
-        moved: Counter = Counter()
+        counts: dict[str, float] = defaultdict(float)
+        moved: dict[str, float] = defaultdict(float)
         endless = 0
         for line in bodies.get(name, ()):
             if found := _COLLECTIVE.search(line):

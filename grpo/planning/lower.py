@@ -1,6 +1,7 @@
 """Compiling the programs of a run ahead of time, for devices that need not be here."""
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from grpo.batch import RowShape, pack
 from grpo.build import make_engine, make_update, microbatch_shape, renews_reference
-from grpo.config import Config
+from grpo.config import Config, MeshConfig
 from grpo.data.tokenizer import ByteTokenizer
 from grpo.engine.engine import Engine
 from grpo.engine.programs import abstract
@@ -77,7 +78,7 @@ class Compiled:
 
     Attributes:
       kind, label: what it does, and of which size.
-      seconds: it took to lower and compile.
+      seconds: of CPU time, all threads together, to lower and compile it.
       argument_bytes, output_bytes, alias_bytes: taken and given; aliased is both.
       temp_bytes: allotted beside.
       code_bytes: of the program itself.
@@ -103,22 +104,28 @@ def devices_of(topology: Topology) -> Sequence[Any]:
     """The devices of a TPU slice that need not be here, or those that are.
 
     Raises:
-      RuntimeError: no TPU compiler; the message says how to install it.
-      ValueError: the compiler does not know the slice.
+      ValueError: no TPU compiler, and how to install it; or it does not know the slice.
     """
-    if topology.platform == "local":
-        return jax.devices()
+    if topology.platform != "tpu":
+        devices = jax.devices()[: topology.num_devices]
+        if len(devices) < (topology.num_devices or 0):
+            raise ValueError(
+                f"{topology.name} needs {topology.num_devices} devices to stand in for its own; "
+                f"there are {len(devices)} (jax_num_cpu_devices, set before jax starts)"
+            )
+        return devices
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"planning for {topology.name} needs the TPU compiler, which no TPU is needed for: "
+            "pip install 'grpo[plan]' (Linux on x86-64)"
+        )
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no machine to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one to keep others from
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
-    except Exception as error:
-        if "libtpu" in str(error).lower() or "tpu" not in str(error).lower():
-            raise RuntimeError(
-                "compiling for TPUs needs their compiler: pip install 'grpo[plan]' (libtpu, "
-                f"Linux only); {error}"
-            ) from error
+    except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"{topology.name} is not a slice the compiler knows: {error}") from error
     return described.devices
 
@@ -129,10 +136,7 @@ def make_parts(config: Config, arch: Arch, devices: Sequence[Any] | Mesh) -> Par
     Raises:
       ValueError: sizes that cannot work together, as `grpo.build.build` says them.
     """
-    mesh = devices
-    if not isinstance(devices, Mesh):
-        sizes = config.mesh
-        mesh = _mesh(sizes.data, sizes.fsdp, sizes.tensor, devices)
+    mesh = devices if isinstance(devices, Mesh) else _mesh(config.mesh, devices)
     policy = lay_out(
         arch,
         ByteTokenizer(),
@@ -230,14 +234,14 @@ def compile_all(
         else:
             done = compile_one(program, parts.policy.mesh)
         note = "; the compiler refuses it" if done.refused else ""
-        tell(f"compiled {done.kind} {done.label} in {done.seconds:.1f} s{note}")
+        tell(f"compiled {done.kind} {done.label} in {done.seconds:.0f} s of CPU time{note}")
         compiled.append(done)
     return compiled
 
 
 def compile_one(program: Program, mesh: Mesh) -> Compiled:
     """Lowers and compiles a program; one that is too large by itself is told as such."""
-    started = time.monotonic()
+    started = time.process_time()
     told = partial(Compiled, program.kind, label(program))
     try:
         with jax.set_mesh(mesh):
@@ -248,12 +252,12 @@ def compile_one(program: Program, mesh: Mesh) -> Compiled:
         used = _used_bytes(str(error))
         taken = device_bytes(program.arguments)
         return told(
-            time.monotonic() - started,
+            time.process_time() - started,
             argument_bytes=taken,
             temp_bytes=max(used - taken, 0.0),
             refused=str(error).splitlines()[0],
         )
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     memory, exchanged = compiled.memory_analysis(), collectives(compiled.as_text())
     return told(
         seconds,
@@ -267,13 +271,13 @@ def compile_one(program: Program, mesh: Mesh) -> Compiled:
     )
 
 
-def _mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any]) -> Mesh:
+def _mesh(sizes: MeshConfig, devices: Sequence[Any]) -> Mesh:
     try:
-        return make_mesh(data, fsdp, tensor, list(devices))
+        return make_mesh(sizes.data, sizes.fsdp, sizes.tensor, list(devices))
     except NotImplementedError as error:  # sides of a slice that do not multiply to the sizes
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} cannot be laid on this slice: each "
-            f"size must be a product of its sides ({error})"
+            f"mesh data={sizes.data} x fsdp={sizes.fsdp} x tensor={sizes.tensor} cannot be laid on "
+            f"this slice: each size must be a product of its sides ({error})"
         ) from error
 
 
@@ -287,7 +291,7 @@ def _extrapolated(low: Compiled, high: Compiled, layers: int) -> Compiled:
         return max(a + (b - a) * (layers - _FEW) / (_MORE - _FEW), 0.0)
 
     names = [f.name for f in dataclasses.fields(Compiled) if f.type in (float, "float")]
-    numbers = {name: along(getattr(low, name), getattr(high, name)) for name in names}
+    numbers: Any = {name: along(getattr(low, name), getattr(high, name)) for name in names}
     ops = {*low.link_bytes, *high.link_bytes}
     links = {op: along(low.link_bytes.get(op, 0), high.link_bytes.get(op, 0)) for op in ops}
     return dataclasses.replace(high, **numbers, link_bytes=links)

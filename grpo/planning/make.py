@@ -3,11 +3,9 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
-
-import jax
 
 from grpo.config import Config, validate
 from grpo.model.arch import Arch
@@ -72,6 +70,14 @@ class Plan:
     extrapolated: bool
 
     @property
+    def programs(self) -> list[tuple[Footprint, Compiled | None, Timing | None]]:
+        """What there is of each program."""
+        nothing = [None] * len(self.footprints)
+        compiled: Sequence[Compiled | None] = self.compiled or nothing
+        timed: Sequence[Timing | None] = self.timings or nothing
+        return list(zip(self.footprints, compiled, timed, strict=True))
+
+    @property
     def largest(self) -> Footprint:
         return max(self.footprints, key=lambda f: f.total)
 
@@ -93,11 +99,11 @@ def make_plan(
       tell: gets a line for each program compiled.
 
     Raises:
-      ValueError, TypeError: the configuration cannot work, whatever the machine.
-      RuntimeError: no compiler for this machine.
+      ValueError, TypeError: the configuration cannot work, whatever the machine; or there is no
+        compiler for this one.
     """
     validate(config)
-    devices = jax.devices() if topology.platform == "gpu" else devices_of(topology)
+    devices = devices_of(topology)
     chip = topology.chip or chip_of(devices[0].device_kind)
     compiles = topology.platform != "gpu"
     parts = make_parts(config, arch, devices)
@@ -156,8 +162,6 @@ def _host_bytes() -> float:
 
 def as_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
     """Everything of a plan, as plain data; bytes and seconds, of one device unless it says."""
-    compiled = plan.compiled or [None] * len(plan.footprints)
-    timed = plan.timings or [None] * len(plan.footprints)
     programs = [
         {
             "kind": f.kind,
@@ -166,7 +170,7 @@ def as_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
             "hbm_total_bytes": round(f.total),
             "hbm_estimated": f.estimated,
             "fits": f.total <= plan.capacity,
-            "compile_s": c and round(c.seconds, 1),
+            "compile_cpu_s": c and round(c.seconds, 1),
             "refused": c and c.refused,
             "collectives_bytes": c and {op: round(size) for op, size in c.link_bytes.items()},
             "flops": t and t.work.flops,
@@ -176,7 +180,7 @@ def as_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
             "predicted_s": t and t.predicted_s,
             "runs_per_step": t and t.runs,
         }
-        for f, c, t in zip(plan.footprints, compiled, timed, strict=True)
+        for f, c, t in plan.programs
     ]
     result: dict[str, Any] = {
         "topology": plan.topology.name,
