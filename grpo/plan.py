@@ -5,8 +5,8 @@
 Every program of the run is compiled ahead of time by the machine's real compiler: for TPU slices
 (`v5e:16x16`, `v6e:4x4`, `v5p:4x4x8`, `tpu7x:4x4x4`) by libtpu, on any Linux machine without a TPU
 (pip install 'grpo[plan]'); for `local` by the devices that are here. For GPUs (`gpu:8xh100`) no
-compiler is at hand and everything is by formula. Fields are set as in `grpo.launch`. Ends with
-status 1 if the run does not fit.
+compiler is at hand and everything is by formula, as it is for any machine with --nocompile. Fields
+are set as in `grpo.launch`. Ends with status 1 if the run does not fit.
 
 Not planned: a cold start (`config.sft`), the programs of an evaluation, which are as large as those
 of the run, and the work of the host.
@@ -41,6 +41,11 @@ _LAYERS = flags.DEFINE_enum(
 _ALL_SIZES = flags.DEFINE_bool(
     "all_sizes", False, "compile every size of a program, not only the largest of its kind"
 )
+_COMPILE = flags.DEFINE_bool(
+    "compile",
+    True,
+    "ask the compiler; --nocompile: formulas alone, in seconds, and no libtpu is needed",
+)
 _PRICE = flags.DEFINE_float("chip_hour_price", None, "of one chip; adds what the run costs")
 _MEAN_PROMPT = flags.DEFINE_integer("mean_prompt", 0, "tokens; 0: half of the longest")
 _MEAN_TOKENS = flags.DEFINE_integer("mean_tokens", 0, "of a completion; 0: half of the longest")
@@ -52,9 +57,11 @@ def plan(config: Config, *, baseline: Config | None = None) -> None:
     """Prints the plan of a run for the machine that --topology names."""
     del baseline
     topology = parse_topology(_TOPOLOGY.value)
-    _use_no_device(topology)
+    compiles = _COMPILE.value and topology.platform != "gpu"
+    _use_no_device(topology, stand_ins=not compiles)
     arch = find_arch(config.model, _SHAPE.value)
     options = Options(
+        compiles=compiles,
         every_size=_ALL_SIZES.value,
         extrapolate=_LAYERS.value == "extrapolate" and topology.platform == "tpu",
         assumed=Assumptions(
@@ -77,12 +84,12 @@ def plan(config: Config, *, baseline: Config | None = None) -> None:
         sys.exit(1)
 
 
-def _use_no_device(topology: Topology) -> None:
+def _use_no_device(topology: Topology, *, stand_ins: bool) -> None:
     """Whatever is in this machine stays free, unless the plan is for it."""
     if topology.platform == "local":
         return
     jax.config.update("jax_platforms", "cpu")
-    if topology.platform == "gpu":  # stand-ins, to lay the run out on
+    if stand_ins:
         jax.config.update("jax_num_cpu_devices", topology.num_devices)
 
 
@@ -95,7 +102,7 @@ def describe(plan: Plan, price: float | None = None) -> list[str]:
         f"mesh {mesh}, {plan.slots} slots, microbatches of {plan.rows[0]} x {plan.rows[1]} tokens"
     ]
     if plan.compiled is None:
-        lines.append("no compiler for this machine here: temporaries and exchanges by formula only")
+        lines.append("no compiler was asked: temporaries and exchanges by formula, roughly")
     elif plan.extrapolated:
         lines.append("programs with unrolled layers: from 2 and 3 layers, extrapolated")
     lines += ["", *_memory_table(plan), "", *_time_table(plan)]

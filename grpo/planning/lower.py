@@ -100,20 +100,29 @@ class Compiled:
     refused: str = ""
 
 
+def stand_ins(topology: Topology) -> Sequence[Any]:
+    """Devices of this machine in place of those of a topology, to lay a run out on.
+
+    Raises:
+      ValueError: there are too few.
+    """
+    devices = jax.devices()[: topology.num_devices]
+    if len(devices) < (topology.num_devices or 0):
+        raise ValueError(
+            f"{topology.name} needs {topology.num_devices} devices to stand in for its own; there "
+            f"are {len(devices)} (jax_num_cpu_devices, set before jax starts)"
+        )
+    return devices
+
+
 def devices_of(topology: Topology) -> Sequence[Any]:
     """The devices of a TPU slice that need not be here, or those that are.
 
     Raises:
       ValueError: no TPU compiler, and how to install it; or it does not know the slice.
     """
-    if topology.platform != "tpu":
-        devices = jax.devices()[: topology.num_devices]
-        if len(devices) < (topology.num_devices or 0):
-            raise ValueError(
-                f"{topology.name} needs {topology.num_devices} devices to stand in for its own; "
-                f"there are {len(devices)} (jax_num_cpu_devices, set before jax starts)"
-            )
-        return devices
+    if topology.platform == "local":
+        return jax.devices()
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"planning for {topology.name} needs the TPU compiler, which no TPU is needed for: "

@@ -20,6 +20,7 @@ from grpo.planning.lower import (
     label,
     largest,
     make_parts,
+    stand_ins,
 )
 from grpo.planning.memory import Footprint, estimate, footprint
 from grpo.planning.predict import Assumptions, Step, Timing, step, timings
@@ -30,12 +31,14 @@ class Options:
     """How a plan is made.
 
     Attributes:
+      compiles: asks a compiler, where there is one for the machine; False: formulas alone.
       every_size: compiles every size of a program, not each kind's largest only.
       extrapolate: unrolled programs from 2 and 3 layers (`grpo.planning.lower.compile_all`).
       suggest: looks for a change if the run does not fit.
       assumed: what is not known.
     """
 
+    compiles: bool = True
     every_size: bool = False
     extrapolate: bool = True
     suggest: bool = True
@@ -103,9 +106,9 @@ def make_plan(
         compiler for this one.
     """
     validate(config)
-    devices = devices_of(topology)
+    compiles = options.compiles and topology.platform != "gpu"
+    devices = devices_of(topology) if compiles else stand_ins(topology)
     chip = topology.chip or chip_of(devices[0].device_kind)
-    compiles = topology.platform != "gpu"
     parts = make_parts(config, arch, devices)
     look = partial(_footprints, options=options, compiles=compiles, tell=tell)
     footprints, compiled = look(parts)
@@ -193,6 +196,7 @@ def as_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
         "hbm_peak_bytes": round(plan.largest.total),
         "fits": plan.fits,
         "suggestion": plan.suggestion and plan.suggestion.flags(),
+        "compiled": plan.compiled is not None,
         "layers_extrapolated": plan.extrapolated,
         "programs": programs,
     }
