@@ -1,8 +1,10 @@
 """Plans of the reference runs, as the table in README.md.
 
-python tools/reference_plans.py            # the table; minutes for each run, needs grpo[plan]
-python tools/reference_plans.py v5e:4x4    # the rows of one slice
+  python tools/reference_plans.py                # the table; minutes for each run
+  python tools/reference_plans.py v5e:4x4        # the rows of one slice
   python tools/reference_plans.py --nocompile    # by formula alone, in seconds
+
+Without the last, grpo[plan] has to be installed.
 """
 
 import json
