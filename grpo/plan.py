@@ -20,7 +20,7 @@ import jax
 from absl import flags
 
 from grpo.config import Config
-from grpo.launch import main
+from grpo.launch import with_config
 from grpo.planning.chips import GIB, Topology, parse_topology
 from grpo.planning.make import Options, Plan, as_json, make_plan
 from grpo.planning.predict import Assumptions
@@ -53,7 +53,7 @@ _DECODE = flags.DEFINE_float("decode_efficiency", 0.5, "share of its roofline de
 _COMPUTE = flags.DEFINE_float("compute_efficiency", 0.4, "share of the peak the rest reaches")
 
 
-def plan(config: Config, *, baseline: Config | None = None) -> None:
+def plan(config: Config, baseline: Config | None = None) -> None:
     """Prints the plan of a run for the machine that --topology names."""
     del baseline
     topology = parse_topology(_TOPOLOGY.value)
@@ -185,4 +185,4 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(plan, takes_workdir=False)
+    with_config(plan)

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from grpo.config import Config, ModelConfig
-from grpo.data.tokenizer import Tokenizer, load_tokenizer
+from grpo.data.tokenizer import Tokenizer, load_tokenizer, with_thinking
 from grpo.model.arch import Arch
 from grpo.model.decoder import to_decode
 from grpo.model.logprobs import completion_logprobs
@@ -50,6 +50,8 @@ def make_policy(config: Config) -> Policy:
     if config.model.source:
         source = open_source(config.model.source)
         arch, tokenizer, read = source.arch, source.tokenizer, source.read
+        if config.model.thinking != "default":
+            tokenizer = with_thinking(tokenizer, config.model.thinking == "on")
     else:
         tokenizer = load_tokenizer("bytes")
         arch, read = new_arch(config.model, tokenizer.vocab_size), None
