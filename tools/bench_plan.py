@@ -21,22 +21,23 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import tiny
 from grpo.ask import ask
 from grpo.build import build
 from grpo.config import Config, ModelConfig, SftConfig
 from grpo.host_memory import return_free_pages, return_large_blocks
+from grpo.launch import load_experiment
 from grpo.learn import learn, shaped
 from grpo.planning.chips import parse_topology
 from grpo.planning.make import Options, make_plan
 from grpo.planning.shapes import find_arch
 
 MIB = 2**20
+TINY = Path(__file__).parent.parent / "experiments" / "tiny.py"
 
 
 def config_of(case: str, model: str) -> Config:
     """The run that is measured: the tiny experiment, or the same problems for SmolLM2-135M."""
-    config = tiny.get_config()
+    config = load_experiment(str(TINY))()
     config.sft = SftConfig()
     config.eval.every = 0
     if case == "smollm2":
@@ -65,7 +66,7 @@ def measured(config: Config) -> float:
         del state
         gc.collect()
         return_free_pages()
-        bare = _status("VmRSS") + 0.0
+        bare = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
         state = run.new_state(run.policy.initial_params())
         asked = ask(run, state, 0)
