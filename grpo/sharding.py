@@ -1,6 +1,6 @@
 """Which mesh axis splits which logical axis: one table, one mesh, one `shard`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,13 +25,15 @@ TRAIN_RULES: Rules = {  # logical axis -> mesh axes; None = replicated
 DECODE_RULES: Rules = {**TRAIN_RULES, "embed": None}
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over all devices; one of the three sizes may be -1 and takes what is left.
+def make_mesh(
+    data: int, fsdp: int, tensor: int, chosen: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over all devices, or those chosen; one size may be -1 and takes what is left.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    sizes, devices = [data, fsdp, tensor], len(jax.devices() if chosen is None else chosen)
     if sizes.count(-1) > 1:
         raise ValueError(
             f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: only one size may be -1"
@@ -44,7 +46,7 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
             f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs "
             f"{' x '.join(map(str, sizes))} = {int(np.prod(sizes))} devices, there are {devices}"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=chosen)
 
 
 def spec(axes: tuple[str | None, ...], rules: Rules = TRAIN_RULES) -> PartitionSpec:

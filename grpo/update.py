@@ -17,7 +17,7 @@ from grpo.model.params import Params, ParamSpec, map_table, param_table
 from grpo.model.stack import Summed
 from grpo.policy import Logprobs, Policy
 from grpo.sharding import replicated
-from grpo.structs import Batch, Totals, TrainState
+from grpo.structs import Batch, Program, Totals, TrainState
 
 Objective = Callable[[jax.Array, jax.Array, Batch, Totals], tuple[jax.Array, Means, Maxima]]
 
@@ -237,6 +237,18 @@ class Update:
         sums_like = jax.eval_shape(self._nothing, params, empty, totals)
         self._apply = self._apply.lower(self._like, sums_like).compile()
         jax.block_until_ready(self.sums(params, [empty], totals))
+
+    def programs(self, batch: Batch) -> list[Program]:
+        """What `compile` compiles, for an abstract microbatch."""
+        count = jax.ShapeDtypeStruct((), jnp.float32)
+        totals, params = Totals(count, count), self._like.params
+        sums = jax.eval_shape(self._nothing, params, batch, totals)
+        sums = sums.replace(grads=params)  # their shapes and shardings
+        return [
+            Program("no gradients", self._nothing, (params, batch, totals)),
+            Program("gradients", self._add, (sums, params, batch, totals)),
+            Program("optimiser", self._apply, (self._like, sums)),
+        ]
 
     def sums(self, params: Params, microbatches: Sequence[Batch], totals: Totals) -> Sums:
         """Loss, metrics and gradients of a minibatch."""

@@ -43,6 +43,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "grpo.structs",
         "grpo.data.tokenizer",
     ),
+    "grpo.planning.chips": (),
+    "grpo.planning.hlo": (),
+    "grpo.planning.formulas": ("grpo.batch", "grpo.model.arch", "grpo.planning.chips"),
     "rewards": (),
 }
 

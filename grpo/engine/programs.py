@@ -87,7 +87,9 @@ class Programs:
         # Said outright: a layout left to the compiler differs between two programs that hand the
         # slots to one another, and each difference is one more program.
         with jax.set_mesh(mesh):
-            layout = _layout(jax.eval_shape(make), mesh)
+            like = jax.eval_shape(make)
+            layout = _layout(like, mesh)
+        self._layout, self.slots = layout, abstract(like, layout)
         everywhere = replicated(mesh)
         self.empty = jax.jit(make, out_shardings=layout)
         self.admit = jax.jit(
@@ -108,6 +110,12 @@ class Programs:
         )
         self.compact = jax.jit(partial(_compact), out_shardings=layout)
 
+    def compacted(self, keep: int) -> Slots:
+        """Shapes and shardings of `keep` slots with a prompt each."""
+        chosen = jax.ShapeDtypeStruct((keep,), jnp.int32)
+        like = jax.eval_shape(_compact, self.slots, chosen, chosen)
+        return abstract(like, self._layout)
+
     def num_compiled(self) -> int:
         """How many there are by now."""
         programs: Any = (
@@ -119,6 +127,15 @@ class Programs:
             self.compact,
         )
         return sum(program._cache_size() for program in programs)
+
+
+def abstract(like: Any, shardings: Any) -> Any:
+    """Shapes of a tree, with shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        like,
+        shardings,
+    )
 
 
 def _empty(
