@@ -30,6 +30,7 @@ from grpo.stages.sft import SftStage
 from grpo.structs import Batch, Scores, TrainState
 from grpo.update import (
     Objective,
+    Offload,
     Update,
     abstract_state,
     decayed_params,
@@ -37,6 +38,7 @@ from grpo.update import (
     learning_rate,
     make_logprobs,
     make_optimizer,
+    reference_shardings,
 )
 from rewards.api import Problem
 
@@ -51,6 +53,7 @@ class Run:
       new_state: initial parameters -> state at step 0.
       advantage: scores -> advantages [P, G].
       update: (state, microbatches, totals) -> (state, metrics).
+      keep_reference: puts a reference where it is kept while it is not asked.
       empty_batch: a microbatch of padding, on the mesh.
       needs_every_row: completions of zero advantage still have a gradient (KL or entropy).
       logprobs: (params, microbatch) -> log-probs [R, C], jitted.
@@ -69,6 +72,7 @@ class Run:
     new_state: Callable[[Params], TrainState]
     advantage: Callable[[Scores], np.ndarray]
     update: Update
+    keep_reference: Callable[[Params], Params]
     empty_batch: Batch
     needs_every_row: bool
     logprobs: Callable[[Params, Batch], jax.Array]
@@ -160,10 +164,12 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
         source = config.sft.source or config.data.train
         sft = SftStage(config, policy, source, workdir / "sft")
     renewed = bool(algo.kl_coef and algo.ref_every)
-    state_like = abstract_state(policy, optimizer, keep_reference=renewed)
+    offload = Offload(moments=optim.offload, reference=bool(algo.kl_coef and algo.ref_offload))
+    form: Any = {"keep_reference": renewed, "offload": offload}
+    state_like = abstract_state(policy, optimizer, **form)
 
     def new_state(params: Params) -> TrainState:
-        state = init_state(policy, params, optimizer, keep_reference=renewed)
+        state = init_state(policy, params, optimizer, **form)
         return state.replace(**on_host)
 
     run = Run(
@@ -184,8 +190,9 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
             _objective(config, schedule.on_policy),
             optimizer,
             rate,
-            keep_reference=renewed,
+            **form,
         ),
+        keep_reference=partial(jax.device_put, device=reference_shardings(policy, offload)),
         empty_batch=to_device(pack([], shape).microbatches[0], policy.mesh),
         needs_every_row=bool(algo.entropy_coef or (algo.kl_coef and not algo.kl_in_reward)),
         logprobs=make_logprobs(policy),

@@ -13,11 +13,12 @@ from grpo import fetch
 from grpo.config import Config, ModelConfig
 from grpo.data.tokenizer import Tokenizer, load_tokenizer
 from grpo.model.arch import Arch
+from grpo.model.attention import chosen_attention
 from grpo.model.decoder import to_decode
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params, ParamSpec, decode_table, init_params, param_table
-from grpo.model.weights import load_weights, read_arch
-from grpo.sharding import DECODE_RULES, make_mesh, param_shardings
+from grpo.model.weights import StoredArray, load_weights, read_arch
+from grpo.sharding import DECODE_RULES, make_mesh, param_shardings, propagated, specs_of
 from grpo.structs import Batch
 
 Logprobs = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
@@ -48,7 +49,8 @@ class Policy:
 
 def make_policy(config: Config) -> Policy:
     """Reads what the model is and lays it out; weights are read only by `initial_params`."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    sizes = config.mesh
+    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.axis_types)
     if config.model.source:
         path = fetch.model_path(config.model.source)
         arch, tokenizer = read_arch(path), load_tokenizer(path)
@@ -89,12 +91,19 @@ def lay_out(
       read: reads weights, given what puts one array on the devices; None draws random ones.
     """
     shardings = param_shardings(param_table(arch), mesh)
+    attention_by = chosen_attention(
+        model.attention,
+        mesh.devices.flat[0].platform,
+        head_width=arch.head_width,
+        dtype=model.compute_dtype,
+    )
+    decode_form = param_shardings(decode_table(arch), mesh, DECODE_RULES)
 
     def initial_params() -> Params:
         if read is not None:
             return read(partial(_put, shardings))
-        make = jax.jit(partial(init_params, arch), out_shardings=shardings)
-        return make(jax.random.key(seed))
+        make = propagated(partial(init_params, arch), specs_of(shardings))
+        return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
 
     return Policy(
         arch=arch,
@@ -103,8 +112,10 @@ def lay_out(
         shardings=shardings,
         initial_params=initial_params,
         for_decoding=jax.jit(
-            partial(to_decode, arch=arch, dtype=model.compute_dtype),
-            out_shardings=param_shardings(decode_table(arch), mesh, DECODE_RULES),
+            propagated(
+                partial(to_decode, arch=arch, dtype=model.compute_dtype), specs_of(decode_form)
+            ),
+            out_shardings=decode_form,
         ),
         logprobs=partial(
             _logprobs,
@@ -113,6 +124,7 @@ def lay_out(
             dtype=model.compute_dtype,
             remat=model.remat,
             chunk=model.logprob_chunk,
+            attention_by=attention_by,
         ),
     )
 
@@ -138,9 +150,23 @@ def _new_arch(model: ModelConfig, vocab_size: int) -> Arch:
     )
 
 
-def _put(shardings: dict[str, Any], path: str, spec: ParamSpec, array: np.ndarray) -> jax.Array:
-    """One array of the table ("layers/q") to its devices."""
+def _put(
+    shardings: dict[str, Any], path: str, spec: ParamSpec, array: StoredArray | np.ndarray
+) -> jax.Array:
+    """One array of the table ("layers/q") to its devices, shard by shard.
+
+    Only the shards of this host's devices are read, each once, and one at a time is held.
+    """
     sharding: Any = shardings
     for name in path.split("/"):
         sharding = sharding[name]
-    return jax.device_put(array, sharding)
+    where: dict[Any, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(array.shape).items():
+        bounds = tuple(axis.indices(n)[:2] for axis, n in zip(index, array.shape, strict=True))
+        where.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, devices in where.items():
+        values = array[tuple(slice(*ends) for ends in bounds)]
+        shards += [jax.device_put(values, device) for device in devices]
+        jax.block_until_ready(shards)  # so that `values` can go before the next are read
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)

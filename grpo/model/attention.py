@@ -35,8 +35,94 @@ def tree_attention(
     v_RTKH: jax.Array,
     groups_RT: jax.Array,
     branches_RT: jax.Array,
+    *,
+    implementation: str = "xla",
 ) -> jax.Array:
-    """Attention of packed rows, a block of queries at a time: half of the square is never made."""
+    """Attention of packed rows; see `tree_mask` for who sees whom.
+
+    Args:
+      q_RTNH: queries.
+      k_RTKH: keys.
+      v_RTKH: values.
+      groups_RT: int32; 0 is padding.
+      branches_RT: int32; 0 is a prompt.
+      implementation: "xla" anywhere; "cudnn" on a GPU, "splash" on a TPU. See `chosen_attention`.
+    """
+    if implementation == "splash":
+        from grpo.model.splash import splash_tree_attention  # only here: it brings Pallas
+
+        return splash_tree_attention(q_RTNH, k_RTKH, v_RTKH, groups_RT, branches_RT)
+    if implementation == "cudnn":
+        return _cudnn_tree_attention(q_RTNH, k_RTKH, v_RTKH, groups_RT, branches_RT)
+    return _xla_tree_attention(q_RTNH, k_RTKH, v_RTKH, groups_RT, branches_RT)
+
+
+def chosen_attention(wanted: str, platform: str, *, head_width: int, dtype: str) -> str:
+    """Which implementation trains: `wanted`, or for "auto" the best that works here.
+
+    Args:
+      wanted: `model.attention`.
+      platform: of the devices: "cpu", "gpu" (or "cuda"), "tpu".
+      head_width: H.
+      dtype: what blocks compute in.
+
+    Raises:
+      ValueError: what is wanted cannot work here.
+    """
+    on_gpu = platform in ("gpu", "cuda")
+    faults = {
+        "splash": [] if platform == "tpu" else [f"it runs on a TPU, and this is a {platform}"],
+        "cudnn": [
+            fault
+            for fault, present in {
+                f"it runs on an NVIDIA GPU, and this is a {platform}": not on_gpu,
+                f"it computes in bfloat16, and model.compute_dtype is {dtype}": dtype != "bfloat16",
+                f"it takes heads of at most 128, multiples of 8, and these are {head_width} wide": (
+                    head_width > 128 or head_width % 8 != 0
+                ),
+            }.items()
+            if present
+        ],
+        "xla": [],
+    }
+    if wanted == "auto":
+        return next(name for name, found in faults.items() if not found)
+    if faults[wanted]:
+        raise ValueError(
+            f"model.attention is {wanted!r}, but {'; '.join(faults[wanted])}. Leave it at auto"
+        )
+    return wanted
+
+
+def _cudnn_tree_attention(
+    q_RTNH: jax.Array,
+    k_RTKH: jax.Array,
+    v_RTKH: jax.Array,
+    groups_RT: jax.Array,
+    branches_RT: jax.Array,
+) -> jax.Array:
+    """By cuDNN's flash attention. The mask is a [R, 1, T, T] array in the compute dtype, so the
+    memory grows with the square of the row, though not times the heads."""
+    T, pad = q_RTNH.shape[1], q_RTNH.shape[1] % 2  # cuDNN wants an even length with a mask
+    q_RTNH, k_RTKH, v_RTKH, groups_RT, branches_RT = (
+        jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        for x in (q_RTNH, k_RTKH, v_RTKH, groups_RT, branches_RT)
+    )
+    mask_R1TT = tree_mask(groups_RT, branches_RT, 0, T + pad)[:, None]
+    mixed_RTNH = jax.nn.dot_product_attention(
+        q_RTNH, k_RTKH, v_RTKH, mask=mask_R1TT, implementation="cudnn"
+    )
+    return mixed_RTNH[:, :T]
+
+
+def _xla_tree_attention(
+    q_RTNH: jax.Array,
+    k_RTKH: jax.Array,
+    v_RTKH: jax.Array,
+    groups_RT: jax.Array,
+    branches_RT: jax.Array,
+) -> jax.Array:
+    """A block of queries at a time: half of the square is never made."""
     T, mixed = q_RTNH.shape[1], []
     for start in range(0, T, _BLOCK):
         stop = min(start + _BLOCK, T)

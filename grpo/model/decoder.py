@@ -16,11 +16,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from grpo.model.arch import Arch
 from grpo.model.attention import KV, attention, shared_prefix_attention, tree_attention
-from grpo.model.params import Params
-from grpo.sharding import DECODE_RULES, shard
+from grpo.model.embedding import embed_tokens
+from grpo.model.params import Params, ParamSpec, param_table
+from grpo.sharding import DECODE_RULES, propagated, shard, spec
 
 _PRODUCTS = ("q", "k", "v", "attn_out", "residual", "gate", "up")  # named in `block`
 REMAT_POLICIES: dict[str, Any] = {
+    # Weights gathered over `fsdp` are gathered again in the backward pass, whatever else is kept:
+    # kept, they would be the whole model on every device.
+    "none": jax.checkpoint_policies.save_anything_except_these_names("weights"),
     "full": jax.checkpoint_policies.nothing_saveable,
     "attn": jax.checkpoint_policies.save_only_these_names("attn_out"),
     "products": jax.checkpoint_policies.save_only_these_names(*_PRODUCTS),
@@ -116,6 +120,20 @@ def head(params: Params) -> jax.Array:
 # ---- train form ------------------------------------------------------------------------------
 
 
+def _gathered(weights: Params, arch: Arch, dtype: str) -> Params:
+    """One layer's weights in `dtype`, whole but for the tensor axis: what FSDP gathers.
+
+    Cast first, so that half as many bytes travel.
+    """
+
+    def gather(spec: ParamSpec, weight: jax.Array) -> jax.Array:
+        whole = shard(weight.astype(dtype), *spec.axes[1:], rules=DECODE_RULES)
+        return checkpoint_name(whole, "weights")
+
+    table = param_table(arch)["layers"]
+    return jax.tree.map(gather, table, weights, is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
 def hidden_states(
     params: Params,
     arch: Arch,
@@ -126,6 +144,7 @@ def hidden_states(
     *,
     dtype: str,
     remat: str,
+    attention_by: str = "xla",
 ) -> jax.Array:
     """Final, normed hidden states [R, T, D] of packed rows (see `grpo.structs.Batch`).
 
@@ -139,18 +158,32 @@ def hidden_states(
       dtype: what the blocks compute in; parameters are cast layer by layer.
       remat: which activations the backward pass recomputes: "none" of them, "full": all,
         "attn": all but the attention outputs, "products": all but the matrix products.
+      attention_by: see `grpo.model.attention.tree_attention`.
     """
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        mixed = tree_attention(q, k, v, groups_RT, branches_RT)
-        return checkpoint_name(mixed, "attn_out"), None
+    rows = spec(("batch", None, None))
+
+    def inside(
+        weights: Params,
+        x_RTD: jax.Array,
+        positions_RT: jax.Array,
+        groups_RT: jax.Array,
+        branches_RT: jax.Array,
+    ) -> jax.Array:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            mixed = tree_attention(q, k, v, groups_RT, branches_RT, implementation=attention_by)
+            return checkpoint_name(mixed, "attn_out"), None
+
+        return block(weights, x_RTD, positions_RT, arch, attend)[0]
 
     def layer(x_RTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-        return block(weights, shard(x_RTD, "batch", None, None), positions_RT, arch, attend)
+        weights = _gathered(weights, arch, dtype)
+        x_RTD = shard(x_RTD, "batch", None, None)
+        tree = positions_RT, groups_RT, branches_RT
+        return propagated(inside, rows)(weights, x_RTD, *tree), None
 
-    if remat != "none":
-        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x_RTD = shard(params["embed"].astype(dtype)[tokens_RT], "batch", None, None)
+    layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    x_RTD = embed_tokens(params["embed"], tokens_RT, dtype)
     x_RTD, _ = jax.lax.scan(layer, x_RTD, params["layers"])
     return rms_norm(x_RTD, params["final_norm"].astype(dtype), arch.norm_eps)
 
