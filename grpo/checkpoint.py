@@ -57,10 +57,59 @@ class Checkpoints:
         self._manager.close()
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """After which steps there is a whole checkpoint in `folder`, in rising order."""
+    return sorted(ocp.utils.checkpoint_steps(folder.absolute())) if folder.is_dir() else []
+
+
+def read_params(folder: Path, step: int, shardings: Any) -> Any:
+    """The parameters alone of a saved state, straight to where `shardings` wants them.
+
+    Args:
+      folder: of the checkpoints.
+      step: one of `saved_steps(folder)`.
+      shardings: nested as the parameters are.
+
+    Raises:
+      ValueError: the saved parameters are not those of this tree.
+    """
+    options = ocp.CheckpointManagerOptions(create=False)
+    handlers = ocp.PyTreeCheckpointHandler()
+    with ocp.CheckpointManager(
+        folder.absolute(), options=options, item_handlers=handlers
+    ) as reader:
+        saved = reader.item_metadata(step).tree["params"]
+        names = {_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(saved)}
+        wanted = {_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(shardings)}
+        if names != wanted:
+            odd = min(names ^ wanted)
+            where = "is" if odd in names else "is not"
+            raise ValueError(
+                f"checkpoint {step} in {folder} is of another kind of model: {odd} {where} in it"
+            )
+        like = jax.tree.map(
+            lambda sharding, array: ocp.ArrayRestoreArgs(
+                sharding=sharding, global_shape=array.shape, dtype=array.dtype
+            ),
+            shardings,
+            saved,
+        )
+        restored = reader.restore(
+            step,
+            args=ocp.args.PyTreeRestore(
+                item={"params": saved}, restore_args={"params": like}, partial_restore=True
+            ),
+        )
+    return restored["params"]
+
+
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf by its path, whether the nodes are records, dicts or tuples."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+    return {_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def params_sha256(params: Any) -> str:

@@ -60,8 +60,9 @@ class ModelConfig(Section):
 
     source: str = doc(
         "",
-        "weights: a Hugging Face folder, a .gguf file, or a name `python -m grpo.fetch` knows; "
-        "empty makes a new model over bytes, of the sizes below",
+        "weights: a Hugging Face folder, a .gguf file, the workdir of a run (its newest "
+        "checkpoint), or a name `python -m grpo.fetch` knows; empty makes a new model over bytes, "
+        "of the sizes below",
     )
     width: int = doc(256, "new model: width of the residual stream")
     mlp_width: int = doc(1024, "new model: width of the MLP")

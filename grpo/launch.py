@@ -20,6 +20,7 @@ from ml_collections.config_flags import config_path
 from grpo import presets
 from grpo.config import Config, unknown_field
 from grpo.gates import GateError
+from grpo.host_memory import return_large_blocks
 from grpo.scoring import RewardFailure
 
 # What a user can mend; anything else is a bug of ours and keeps its traceback.
@@ -52,6 +53,7 @@ def main(command: Callable[..., Any]) -> None:
         verbose = flags.FLAGS.verbosity > 0
         if flags.FLAGS.verbosity == 0:  # what app.run makes of the default
             logging.set_verbosity(logging.WARNING)  # libraries tell every checkpoint's details
+        return_large_blocks()
         config, baseline = config_flag.value, experiment.baseline
         if preset.value is not None:
             assert baseline is not None  # --config is required

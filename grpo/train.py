@@ -17,6 +17,7 @@ from grpo.ask import ask
 from grpo.build import Run, build
 from grpo.checkpoint import Checkpoints, params_sha256
 from grpo.config import Config
+from grpo.host_memory import return_free_pages
 from grpo.learn import learn, shaped
 from grpo.metrics import GRPO_COLUMNS, ConsoleTable, JsonlWriter, MetricLog
 from grpo.model.params import Params
@@ -63,6 +64,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         ref_params = run.keep_reference(starting_params(run, stop)) if fixed else None
         run.engine.compile(run.policy.for_decoding(state.params))
         run.update.compile(state.params, run.empty_batch)
+        return_free_pages()
         log = stack.enter_context(MetricLog(workdir, resume_step=first))
         texts = stack.enter_context(JsonlWriter(workdir / "rollouts.jsonl", resume_step=first))
         table = ConsoleTable(GRPO_COLUMNS, config.num_steps)

@@ -1,5 +1,6 @@
 """The trainer's attention by every implementation: the same values and gradients."""
 
+import dataclasses
 import functools
 from functools import partial
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_model import mesh_of
+from toy_model import ARCH, mesh_of
 
 from grpo.model import splash
 from grpo.model.attention import chosen_attention, tree_attention, tree_mask
@@ -52,19 +53,21 @@ def value_and_gradients(attend: Any, N: int, K: int) -> Any:
 
 
 @functools.cache
-def by_xla(N: int, K: int) -> Any:
-    return jax.tree.map(np.asarray, value_and_gradients(tree_attention, N, K))
+def by_xla(N: int, K: int, score_cap: float | None = None) -> Any:
+    attend = partial(tree_attention, score_cap=score_cap)
+    return jax.tree.map(np.asarray, value_and_gradients(attend, N, K))
 
 
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 
 
-def test_splash_gives_the_values_and_gradients_of_xla():
+@pytest.mark.parametrize("score_cap", [None, 2.0])
+def test_splash_gives_the_values_and_gradients_of_xla(score_cap):
     """In the interpreter: the kernel's steps as plain JAX, blocks of 128 of a row of 150."""
     (_, out), gradients = value_and_gradients(
-        partial(splash.splash_tree_attention, interpret=True), 4, 2
+        partial(splash.splash_tree_attention, interpret=True, score_cap=score_cap), 4, 2
     )
-    (_, expected), expected_gradients = by_xla(4, 2)
+    (_, expected), expected_gradients = by_xla(4, 2, score_cap)
     close(out, expected)
     jax.tree.map(close, gradients, expected_gradients)
     assert all(np.abs(gradient).max() > 0.1 for gradient in expected_gradients)
@@ -110,31 +113,42 @@ def test_a_row_too_long_for_splash_is_an_error():
         jax.eval_shape(splash.splash_tree_attention, q, q, q, tree, tree)
 
 
-@pytest.mark.parametrize(
-    "wanted, platform, width, dtype, chosen",
-    [
-        ("auto", "tpu", 64, "bfloat16", "splash"),
-        ("auto", "gpu", 64, "bfloat16", "cudnn"),
-        ("auto", "cuda", 256, "bfloat16", "xla"),
-        ("auto", "gpu", 64, "float32", "xla"),
-        ("auto", "cpu", 64, "bfloat16", "xla"),
-        ("xla", "tpu", 64, "bfloat16", "xla"),
-    ],
-)
-def test_auto_is_the_best_that_works(wanted, platform, width, dtype, chosen):
-    assert chosen_attention(wanted, platform, head_width=width, dtype=dtype) == chosen
+BASE = dataclasses.replace(ARCH, head_width=64)
+CAPPED, WIDE = dataclasses.replace(BASE, score_cap=50.0), dataclasses.replace(BASE, head_width=256)
+WINDOWED = dataclasses.replace(BASE, layer_types=("sliding", "global"), window=4)
 
 
 @pytest.mark.parametrize(
-    "wanted, message",
+    "wanted, platform, arch, dtype, chosen",
     [
-        ("splash", "it runs on a TPU, and this is a cpu"),
-        ("cudnn", "NVIDIA GPU, and this is a cpu; .*compute_dtype is float32; .* 12 wide"),
+        ("auto", "tpu", BASE, "bfloat16", "splash"),
+        ("auto", "tpu", CAPPED, "bfloat16", "splash"),
+        ("auto", "tpu", WINDOWED, "bfloat16", "xla"),
+        ("auto", "gpu", BASE, "bfloat16", "cudnn"),
+        ("auto", "gpu", WINDOWED, "bfloat16", "cudnn"),
+        ("auto", "gpu", CAPPED, "bfloat16", "xla"),
+        ("auto", "cuda", WIDE, "bfloat16", "xla"),
+        ("auto", "gpu", BASE, "float32", "xla"),
+        ("auto", "cpu", BASE, "bfloat16", "xla"),
+        ("xla", "tpu", BASE, "bfloat16", "xla"),
     ],
 )
-def test_what_cannot_work_here_is_an_error(wanted, message):
+def test_auto_is_the_best_that_works(wanted, platform, arch, dtype, chosen):
+    assert chosen_attention(wanted, platform, arch, dtype) == chosen
+
+
+@pytest.mark.parametrize(
+    "wanted, arch, message",
+    [
+        ("splash", BASE, "it runs on a TPU, and this is a cpu"),
+        ("splash", WINDOWED, "it has no window, and the model's is 4"),
+        ("cudnn", WIDE, "on a GPU, and this is a cpu; .*compute_dtype is float32; .* are 256"),
+        ("cudnn", CAPPED, "it cannot cap scores, and the model does, at 50.0"),
+    ],
+)
+def test_what_cannot_work_here_is_an_error(wanted, arch, message):
     with pytest.raises(ValueError, match=message):
-        chosen_attention(wanted, "cpu", head_width=12, dtype="float32")
+        chosen_attention(wanted, "cpu", arch, "float32")
 
 
 def test_cudnn_is_what_a_gpu_gets(monkeypatch):
@@ -147,7 +161,7 @@ def test_cudnn_is_what_a_gpu_gets(monkeypatch):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
 
-    def total(q: jax.Array, k: jax.Array, v: jax.Array, *tree: jax.Array) -> jax.Array:
+    def total(q: jax.Array, k: jax.Array, v: jax.Array, *tree: Any) -> jax.Array:
         out = tree_attention(q, k, v, *tree, implementation="cudnn")
         assert out.shape == q.shape
         return out.astype(jnp.float32).sum()

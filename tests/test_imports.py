@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "grpo.presets": ("grpo.advantage", "grpo.config", "grpo.loss"),
     "grpo.sharding": ("grpo.model.params",),
     "grpo.batch": ("grpo.sharding", "grpo.structs"),
+    "grpo.host_memory": (),
     "grpo.groups": ("grpo.advantage", "grpo.structs"),
     "grpo.schedule": ("grpo.batch", "grpo.config"),
     "grpo.metrics": (),

@@ -31,6 +31,7 @@ from grpo.model.decoder import (
 )
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params, init_params, map_table, num_params, param_table
+from grpo.model.rope import frequencies
 from grpo.model.weights import load_weights, read_arch
 
 UNTIED = dataclasses.replace(ARCH, tied_head=False)
@@ -110,15 +111,19 @@ def test_rotary_is_a_complex_rotation():
     pairs = x_BTNH[..., :3] + 1j * x_BTNH[..., 3:]
     angle = positions_BT[..., None, None] * 50.0 ** (-2 * np.arange(3) / 6)
     turned = pairs * np.exp(1j * angle)
-    got = rotary(jnp.asarray(x_BTNH), jnp.asarray(positions_BT), 50.0)
-    close(got, np.concatenate([turned.real, turned.imag], axis=-1))
+    frequency_h = frequencies(50.0, None, 6)
+    got = rotary(jnp.asarray(x_BTNH), jnp.asarray(positions_BT), frequency_h, 3.0)
+    close(got, 3 * np.concatenate([turned.real, turned.imag], axis=-1))
 
 
 def test_rotary_scores_depend_on_the_distance_only():
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
     def score(i: int, j: int) -> float:
-        turned = [rotary(jnp.asarray(x), jnp.full((1, 1), p), 100.0) for x, p in ((q, i), (k, j))]
+        frequency_h = frequencies(100.0, None, 8)
+        turned = [
+            rotary(jnp.asarray(x), jnp.full((1, 1), p), frequency_h) for x, p in ((q, i), (k, j))
+        ]
         return float(jnp.sum(turned[0] * turned[1]))
 
     assert score(5, 3) == pytest.approx(score(25, 23), abs=1e-4)
@@ -378,7 +383,7 @@ def test_smollm2_gives_the_reference_implementations_values():
         pytest.skip(str(missing))
     cases = json.loads((Path(__file__).parent / "golden" / "smollm2_logits.json").read_text())
     arch, mesh = read_arch(path), mesh_of()
-    params = load_weights(path, arch, lambda _path, _spec, array: jnp.asarray(array))
+    params = load_weights(path, arch, lambda _path, _spec, array: jnp.asarray(np.asarray(array)))
 
     # Train form: the prompt after its first token, and the reference's own continuation.
     score = jax.jit(

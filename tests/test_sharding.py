@@ -57,18 +57,13 @@ PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3]]
 
 
 def policy_on(name: str, axis_types: str) -> Policy:
-    def read(put: Any) -> Any:
-        params = toy_params()
-        layers = {n: put(f"layers/{n}", None, a) for n, a in params.pop("layers").items()}
-        return {n: put(n, None, a) for n, a in params.items()} | {"layers": layers}
-
     return lay_out(
         ARCH,
         ToyTokenizer(),
         mesh_of(**MESHES.get(name, {}), axis_types=axis_types),
         ModelConfig(compute_dtype="float32", logprob_chunk=4),
         temperature=TEMPERATURE,
-        read=read,
+        read=lambda shardings: jax.device_put(toy_params(), shardings),
     )
 
 
@@ -141,11 +136,12 @@ def _assert_placed(array: jax.Array, sharding: jax.sharding.Sharding) -> None:
 
 @pytest.mark.parametrize("axis_types", AXIS_TYPES)
 @pytest.mark.parametrize("name", MESHES)
-def test_a_step_is_the_same_on_any_mesh(name, axis_types):
+def test_a_step_is_the_same_on_any_mesh(name, axis_types, capfd):
     """Tokens are identical; float32 sums in another order, hence the tolerances.
 
     The second step starts from parameters that Adam has made: it divides by the root of the
-    squared gradient, which is another number for small ones.
+    squared gradient, which is another number for small ones. And XLA finds nothing that it has to
+    copy whole to every device because it cannot get from one layout to the next.
     """
     pairs = zip(two_steps("1", "auto")["steps"], two_steps(name, axis_types)["steps"], strict=True)
     for (one, many), tolerance in zip(pairs, (1e-5, 3e-4), strict=True):
@@ -155,6 +151,7 @@ def test_a_step_is_the_same_on_any_mesh(name, axis_types):
             jax.tree.map(close, one[key], many[key])
         jax.tree.map(partial(close, rtol=3e-4, atol=3e-4), one["params"], many["params"])
         assert one["report"].keys() == many["report"].keys()
+    assert "rematerialization" not in capfd.readouterr().err
     first = two_steps("1", "auto")["steps"][0]
     assert abs(first["loss"]) > 1e-3 and np.abs(first["grads"]["embed"]).max() > 1e-3
     assert len({len(tokens) for tokens in first["tokens"]}) > 1

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,12 @@ from toy_model import ToyTokenizer, mesh_of
 
 from grpo.config import ModelConfig
 from grpo.model.arch import Arch
-from grpo.model.families import arch_from_gguf, arch_from_hf
+from grpo.model.families import arch_from_hf
+from grpo.model.families_gguf import arch_from_gguf
 from grpo.model.params import map_table, param_table
 from grpo.model.weights import StoredArray, half_split_rows, load_weights, read_arch
 from grpo.policy import lay_out
+from grpo.source import Source
 
 # Every width differs from every other, so a swapped axis cannot go unseen.
 ARCH = Arch(
@@ -192,7 +193,7 @@ def test_a_host_reads_shard_by_shard(tmp_path, monkeypatch, axis_types):
     tensors = hf_tensors(TOY)
     folder = write_folder(tmp_path, tensors)
     mesh = mesh_of(data=2, fsdp=2, tensor=2, axis_types=axis_types)
-    read = partial(load_weights, folder, TOY)
+    read = Source(TOY, ToyTokenizer(), folder).read
     policy = lay_out(TOY, ToyTokenizer(), mesh, ModelConfig(), temperature=1.0, read=read)
     reads, whole = [], StoredArray.__getitem__
 
@@ -264,16 +265,22 @@ def test_files_that_are_missing_or_torn_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type is 'mamba'.*supported: llama"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'.*supported: .*llama"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForCausalLM"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling is .*llama3"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*linear"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters is .*yarn"),
-        ({"partial_rotary_factor": 0.5, "rope_parameters": {"x": 1}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "rope_type is 'dynamic'.*yarn"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
+        ({"rope_scaling": {"type": "linear"}}, "'factor' is missing"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}},
+            r"rope_scaling: field 'mscale' \(1.0\) is not known",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"attention_bias": True}, "attention_bias is True.*supported: False"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'.*supported: silu"),
-        ({"sliding_window": 4096}, "sliding_window is 4096.*supported: None"),
+        ({"new_trick": "on"}, r"'new_trick' \('on'\) is not known.*delete it"),
+        ({"sliding_window": 4096}, r"'sliding_window' \(4096\) is not known"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "field 'hidden_size' is missing"),
     ],
@@ -385,9 +392,15 @@ def test_gguf_equals_the_folder_it_was_made_from(tmp_path, tied):
     jax.tree.map(np.testing.assert_array_equal, got, load_weights(folder, arch))
 
 
-def test_gguf_values_are_rounded_to_bfloat16(tmp_path):
-    path = write_gguf(tmp_path / "tiny.gguf", GGUF_ARCH, hf_tensors(GGUF_ARCH))
-    for leaf in jax.tree.leaves(load_weights(path, GGUF_ARCH)):
+def test_quantised_values_alone_are_rounded_to_bfloat16(tmp_path):
+    tensors = hf_tensors(GGUF_ARCH)
+    params = load_weights(write_gguf(tmp_path / "tiny.gguf", GGUF_ARCH, tensors), GGUF_ARCH)
+    layers = params["layers"]
+    last, first = params.pop("final_norm"), layers.pop("attn_norm")[0]
+    np.testing.assert_array_equal(last, tensors["model.norm.weight"])
+    np.testing.assert_array_equal(first, tensors["model.layers.0.input_layernorm.weight"])
+    del layers["mlp_norm"]
+    for leaf in jax.tree.leaves(params):
         rounded = np.asarray(leaf).astype(ml_dtypes.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(leaf, rounded)
 
@@ -413,15 +426,27 @@ def test_gguf_errors_name_what_is_wrong(tmp_path):
         read_arch(tmp_path / "c.gguf")
 
 
+EMBEDDING = {"token_embd.weight": (11, 10)}
+SIZES = {
+    "llama.embedding_length": 10,
+    "llama.attention.head_count": 5,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.feed_forward_length": 7,
+    "llama.block_count": 1,
+    "llama.context_length": 64,
+}
+
+
 @pytest.mark.parametrize(
     ("fields", "shapes", "message"),
     [
-        ({"general.architecture": "gemma3"}, {}, "general.architecture is 'gemma3'.*llama"),
-        ({"llama.rope.scaling.type": "yarn"}, {}, "llama.rope.scaling.type is 'yarn'"),
-        ({"llama.expert_count": 8}, {}, "llama.expert_count is 8"),
+        ({"general.architecture": "mamba"}, {}, "general.architecture is 'mamba'.*llama"),
+        ({"llama.rope.scaling.type": "yarn"}, EMBEDDING, "llama: rope.scaling.type is 'yarn'"),
+        ({"llama.expert_count": 8}, EMBEDDING, "llama: expert_count is 8"),
+        (SIZES | {"llama.new_trick": 1}, EMBEDDING, r"'new_trick' \(1\) is not known"),
         ({}, {"rope_freqs.weight": (2,)}, "rope_freqs.weight"),
         ({}, {}, "token_embd.weight is missing"),
-        ({}, {"token_embd.weight": (11, 10)}, "'llama.embedding_length' is missing"),
+        ({}, EMBEDDING, "llama: field 'embedding_length' is missing"),
     ],
 )
 def test_unsupported_gguf_metadata_is_named(fields, shapes, message):

@@ -10,8 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from grpo.data.splits import SPLITS, Split, make_core
+
 if TYPE_CHECKING:
     import tokenizers
+
+BYTES_FIELD = "grpo.tokenizer"  # of GGUF files of our own, "bytes": ids are those of ByteTokenizer
 
 
 class Tokenizer(Protocol):
@@ -174,11 +178,11 @@ def tokenizer_from_folder(folder: Path) -> HfTokenizer:
     )
 
 
-def tokenizer_from_gguf(path: Path) -> HfTokenizer:
+def tokenizer_from_gguf(path: Path) -> Tokenizer:
     """Builds the tokenizer from the metadata of a .gguf file.
 
     Raises:
-      ValueError: a kind of tokenizer other than byte-level BPE with the "smollm" split. Splits
+      ValueError: a kind of tokenizer other than byte-level BPE with one of `SPLITS`. Splits
         differ by model in ways that metadata only names, so guessing one would give wrong ids.
     """
     from gguf import GGUFReader
@@ -186,17 +190,20 @@ def tokenizer_from_gguf(path: Path) -> HfTokenizer:
     fields = {
         name: field.contents()
         for name, field in GGUFReader(path).fields.items()
-        if name.startswith("tokenizer.")
+        if name.startswith("tokenizer.") or name == BYTES_FIELD
     }
+    if fields.get(BYTES_FIELD) == "bytes":
+        return ByteTokenizer()
     kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if (kind, split) != ("gpt2", "smollm"):
+    if kind != "gpt2" or split not in SPLITS:
         raise ValueError(
             f"{path} has tokenizer.ggml.model={kind!r}, tokenizer.ggml.pre={split!r}; only "
-            "'gpt2' with 'smollm' can be built from GGUF. Put the model's own tokenizer.json "
-            "into a folder and give that folder as the tokenizer"
+            f"'gpt2' with one of {', '.join(map(repr, SPLITS))} can be built from GGUF. Put the "
+            "model's own tokenizer.json into a folder and give that folder as the tokenizer"
         )
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    core = _smollm_bpe(tokens, fields["tokenizer.ggml.token_type"], fields["tokenizer.ggml.merges"])
+    kinds, merges = fields["tokenizer.ggml.token_type"], fields["tokenizer.ggml.merges"]
+    core = _bpe(SPLITS[split], tokens, kinds, merges)
     ids = {
         name: fields.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items()
@@ -217,29 +224,25 @@ def tokenizer_from_gguf(path: Path) -> HfTokenizer:
     )
 
 
-def _smollm_bpe(tokens: list[str], kinds: list[int], merges: list[str]) -> "tokenizers.Tokenizer":
-    """Byte-level BPE that never joins two digits, so every digit is one token."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Core
+def _bpe(
+    split: Split, tokens: list[str], kinds: list[int], merges: list[str]
+) -> "tokenizers.Tokenizer":
+    from tokenizers import AddedToken
 
     vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-    core = Core(models.BPE(vocab=vocab, merges=pairs))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    control = 3  # LLAMA_TOKEN_TYPE_CONTROL
-    core.add_special_tokens(
-        [
-            AddedToken(token, special=True, normalized=False)
+    core = make_core(split, vocab, pairs)
+    control, user_defined = 3, 4  # LLAMA_TOKEN_TYPE_CONTROL, LLAMA_TOKEN_TYPE_USER_DEFINED
+
+    def added(wanted: int) -> list[AddedToken]:
+        return [
+            AddedToken(token, special=wanted == control, normalized=False)
             for token, kind in zip(tokens, kinds, strict=True)
-            if kind == control
+            if kind == wanted
         ]
-    )
+
+    core.add_special_tokens(added(control))
+    core.add_tokens(added(user_defined))
     return core
 
 

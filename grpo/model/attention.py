@@ -1,32 +1,80 @@
 """Who looks at whom: attention over packed rows of trees, and over a prompt shared by many."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from grpo.model.arch import Arch
+
 KV = tuple[jax.Array, jax.Array]  # keys and values, each [B, S, K, H]
+
+
 _BLOCK = 256  # queries whose attention scores exist at one time
 
 
 def attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    score_cap: float | None = None,
 ) -> jax.Array:
     """Softmax attention, N query heads over K key/value heads; softmax in float32."""
+    if score_cap is not None:
+        return _capped_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, score_cap)
     return jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation="xla"
     )
 
 
-def tree_mask(groups_RT: jax.Array, branches_RT: jax.Array, start: int, stop: int) -> jax.Array:
+def _capped_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, cap: float
+) -> jax.Array:
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKnH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
+    scores_BKnTS = jnp.einsum(
+        "btknh,bskh->bknts", q_BTKnH, k_BSKH, preferred_element_type=jnp.float32
+    )
+    low = jnp.finfo(jnp.float32).min
+    scores_BKnTS = jnp.where(mask_BTS[:, None, None], capped(scores_BKnTS, cap), low)
+    weight_BKnTS = jax.nn.softmax(scores_BKnTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("bknts,bskh->btknh", weight_BKnTS, v_BSKH).reshape(B, T, N, H)
+
+
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap), which never leaves (-cap, cap) (arXiv:2408.00118, section 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def tree_mask(
+    groups_RT: jax.Array,
+    branches_RT: jax.Array,
+    start: int,
+    stop: int,
+    positions_RT: jax.Array | None = None,
+    window: Any = None,
+) -> jax.Array:
     """bool [R, stop - start, stop]: which slots before `stop` each slot from `start` on sees.
 
     A token sees earlier tokens of its own branch and of its group's prompt (branch 0). Slots and
-    positions order alike within a branch, so slots give the causal order.
+    positions order alike within a branch, so slots give the causal order. With a window it sees
+    only those at its own and the `window` - 1 positions before.
     """
     group_Rq1, group_R1s = groups_RT[:, start:stop, None], groups_RT[:, None, :stop]
     branch_Rq1, branch_R1s = branches_RT[:, start:stop, None], branches_RT[:, None, :stop]
     causal_qs = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
     related_Rqs = (branch_R1s == 0) | (branch_R1s == branch_Rq1)
-    return causal_qs & (group_Rq1 == group_R1s) & related_Rqs & (group_Rq1 > 0)
+    seen_Rqs = causal_qs & (group_Rq1 == group_R1s) & related_Rqs & (group_Rq1 > 0)
+    if window is None or positions_RT is None:
+        return seen_Rqs
+    return seen_Rqs & within(window, positions_RT[:, start:stop], positions_RT[:, :stop])
+
+
+def within(window: Any, query_BT: jax.Array, key_BS: jax.Array) -> jax.Array:
+    """bool [B, T, S]: whether a key is at most `window` - 1 positions before a query."""
+    return query_BT[:, :, None] - key_BS[:, None, :] < window
 
 
 def tree_attention(
@@ -35,6 +83,9 @@ def tree_attention(
     v_RTKH: jax.Array,
     groups_RT: jax.Array,
     branches_RT: jax.Array,
+    positions_RT: jax.Array | None = None,
+    window: Any = None,
+    score_cap: float | None = None,
     *,
     implementation: str = "xla",
 ) -> jax.Array:
@@ -46,44 +97,53 @@ def tree_attention(
       v_RTKH: values.
       groups_RT: int32; 0 is padding.
       branches_RT: int32; 0 is a prompt.
+      positions_RT: int32; needed with a window.
+      window: how many tokens a query sees; None: all. Not by splash.
+      score_cap: as in `Arch`. Not by cuDNN.
       implementation: "xla" anywhere; "cudnn" on a GPU, "splash" on a TPU. See `chosen_attention`.
     """
+    qkv = q_RTNH, k_RTKH, v_RTKH
     if implementation == "splash":
         from grpo.model.splash import splash_tree_attention  # only here: it brings Pallas
 
-        return splash_tree_attention(q_RTNH, k_RTKH, v_RTKH, groups_RT, branches_RT)
+        return splash_tree_attention(*qkv, groups_RT, branches_RT, score_cap=score_cap)
     if implementation == "cudnn":
-        return _cudnn_tree_attention(q_RTNH, k_RTKH, v_RTKH, groups_RT, branches_RT)
-    return _xla_tree_attention(q_RTNH, k_RTKH, v_RTKH, groups_RT, branches_RT)
+        return _cudnn_tree_attention(*qkv, groups_RT, branches_RT, positions_RT, window)
+    return _xla_tree_attention(*qkv, groups_RT, branches_RT, positions_RT, window, score_cap)
 
 
-def chosen_attention(wanted: str, platform: str, *, head_width: int, dtype: str) -> str:
+def chosen_attention(wanted: str, platform: str, arch: Arch, dtype: str) -> str:
     """Which implementation trains: `wanted`, or for "auto" the best that works here.
 
     Args:
       wanted: `model.attention`.
       platform: of the devices: "cpu", "gpu" (or "cuda"), "tpu".
-      head_width: H.
+      arch: of the model.
       dtype: what blocks compute in.
 
     Raises:
       ValueError: what is wanted cannot work here.
     """
-    on_gpu = platform in ("gpu", "cuda")
+    H = arch.head_width
+    limits = {
+        "splash": {
+            f"it runs on a TPU, and this is a {platform}": platform != "tpu",
+            f"it has no window, and the model's is {arch.window}": arch.window is not None,
+        },
+        "cudnn": {
+            f"it runs on a GPU, and this is a {platform}": platform not in ("gpu", "cuda"),
+            f"it computes in bfloat16, and model.compute_dtype is {dtype}": dtype != "bfloat16",
+            f"its heads are multiples of 8 up to 128 wide, and the model's are {H}": (
+                H > 128 or H % 8 != 0
+            ),
+            f"it cannot cap scores, and the model does, at {arch.score_cap}": (
+                arch.score_cap is not None
+            ),
+        },
+        "xla": {},
+    }
     faults = {
-        "splash": [] if platform == "tpu" else [f"it runs on a TPU, and this is a {platform}"],
-        "cudnn": [
-            fault
-            for fault, present in {
-                f"it runs on an NVIDIA GPU, and this is a {platform}": not on_gpu,
-                f"it computes in bfloat16, and model.compute_dtype is {dtype}": dtype != "bfloat16",
-                f"it takes heads of at most 128, multiples of 8, and these are {head_width} wide": (
-                    head_width > 128 or head_width % 8 != 0
-                ),
-            }.items()
-            if present
-        ],
-        "xla": [],
+        name: [fault for fault, there in of_one.items() if there] for name, of_one in limits.items()
     }
     if wanted == "auto":
         return next(name for name, found in faults.items() if not found)
@@ -100,17 +160,25 @@ def _cudnn_tree_attention(
     v_RTKH: jax.Array,
     groups_RT: jax.Array,
     branches_RT: jax.Array,
+    positions_RT: jax.Array | None,
+    window: Any,
 ) -> jax.Array:
     """By cuDNN's flash attention. The mask is a [R, 1, T, T] array in the compute dtype, so the
     memory grows with the square of the row, though not times the heads."""
-    T, pad = q_RTNH.shape[1], q_RTNH.shape[1] % 2  # cuDNN wants an even length with a mask
-    q_RTNH, k_RTKH, v_RTKH, groups_RT, branches_RT = (
-        jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        for x in (q_RTNH, k_RTKH, v_RTKH, groups_RT, branches_RT)
-    )
-    mask_R1TT = tree_mask(groups_RT, branches_RT, 0, T + pad)[:, None]
+    T = q_RTNH.shape[1]
+
+    def even(x_RTX: jax.Array) -> jax.Array:
+        """cuDNN wants an even length with a mask."""
+        return jnp.pad(x_RTX, ((0, 0), (0, T % 2)) + ((0, 0),) * (x_RTX.ndim - 2))
+
+    positions_RT = None if positions_RT is None else even(positions_RT)
+    mask_RTT = tree_mask(even(groups_RT), even(branches_RT), 0, T + T % 2, positions_RT, window)
     mixed_RTNH = jax.nn.dot_product_attention(
-        q_RTNH, k_RTKH, v_RTKH, mask=mask_R1TT, implementation="cudnn"
+        even(q_RTNH),
+        even(k_RTKH),
+        even(v_RTKH),
+        mask=mask_RTT[:, None],
+        implementation="cudnn",
     )
     return mixed_RTNH[:, :T]
 
@@ -121,13 +189,17 @@ def _xla_tree_attention(
     v_RTKH: jax.Array,
     groups_RT: jax.Array,
     branches_RT: jax.Array,
+    positions_RT: jax.Array | None,
+    window: Any,
+    score_cap: float | None,
 ) -> jax.Array:
     """A block of queries at a time: half of the square is never made."""
     T, mixed = q_RTNH.shape[1], []
     for start in range(0, T, _BLOCK):
         stop = min(start + _BLOCK, T)
-        mask_RqS = tree_mask(groups_RT, branches_RT, start, stop)
-        mixed.append(attention(q_RTNH[:, start:stop], k_RTKH[:, :stop], v_RTKH[:, :stop], mask_RqS))
+        mask_RqS = tree_mask(groups_RT, branches_RT, start, stop, positions_RT, window)
+        q, k, v = q_RTNH[:, start:stop], k_RTKH[:, :stop], v_RTKH[:, :stop]
+        mixed.append(attention(q, k, v, mask_RqS, score_cap))
     return jnp.concatenate(mixed, axis=1)
 
 
@@ -137,6 +209,8 @@ def shared_prefix_attention(
     prompt_len_P: jax.Array,
     own: KV,
     visible_BTS: jax.Array,
+    prompt_visible_BTQ: jax.Array | None = None,
+    score_cap: float | None = None,
 ) -> jax.Array:
     """Attention over a prompt that G sequences share and over what each wrote itself.
 
@@ -149,6 +223,8 @@ def shared_prefix_attention(
       prompt_len_P: how much of each prompt there is.
       own: keys and values [B, K, S, H].
       visible_BTS: which of its own slots each query sees; at least one.
+      prompt_visible_BTQ: which of its prompt's it sees; all, by default.
+      score_cap: as in `Arch`.
     """
     B, T, N, H = q_BTNH.shape
     P, K, Q, _ = prompt[0].shape
@@ -159,14 +235,18 @@ def shared_prefix_attention(
     q_PKgH = jnp.moveaxis(q_BTNH.reshape(P, -1, T, K, n, H), 3, 1).reshape(P, K, -1, H)
 
     def scores(q: jax.Array, k: jax.Array) -> jax.Array:
-        return jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32)
+        product = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32)
+        return capped(product, score_cap)
 
     def mixed(weight: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.einsum("bkqs,bksh->bkqh", weight.astype(v.dtype), v)
 
     low = jnp.finfo(jnp.float32).min
-    there_P11Q = (jnp.arange(Q) < prompt_len_P[:, None])[:, None, None]
-    scores_PKgQ = jnp.where(there_P11Q, scores(q_PKgH, prompt[0]), low)
+    seen_PKgQ = (jnp.arange(Q) < prompt_len_P[:, None])[:, None, None]
+    if prompt_visible_BTQ is not None:
+        seen_PgQ = jnp.repeat(prompt_visible_BTQ.reshape(P, -1, Q), n, axis=1)
+        seen_PKgQ = seen_PKgQ & seen_PgQ[:, None]
+    scores_PKgQ = jnp.where(seen_PKgQ, scores(q_PKgH, prompt[0]), low)
     seen_BKmS = jnp.repeat(visible_BTS, n, axis=1)[:, None]
     scores_BKmS = jnp.where(seen_BKmS, scores(q_BKmH, own[0]), low)
 
@@ -182,7 +262,7 @@ def shared_prefix_attention(
     top_BKm1 = jnp.maximum(
         per_sequence(scores_PKgQ.max(-1, keepdims=True)), scores_BKmS.max(-1, keepdims=True)
     )
-    weight_PKgQ = jnp.where(there_P11Q, jnp.exp(scores_PKgQ - per_prompt(top_BKm1)), 0.0)
+    weight_PKgQ = jnp.where(seen_PKgQ, jnp.exp(scores_PKgQ - per_prompt(top_BKm1)), 0.0)
     weight_BKmS = jnp.exp(scores_BKmS - top_BKm1)
     total_BKm1 = per_sequence(weight_PKgQ.sum(-1, keepdims=True)) + weight_BKmS.sum(
         -1, keepdims=True

@@ -3,21 +3,32 @@
 Train form: layers stacked and scanned, whole sequences, rematerialised. Decode form: a list of
 layers, unrolled, one token at a time over a key/value cache (scanning layers over a cache copies
 the whole cache every token). What a block computes is written once, in `block`; the two forms
-differ only in the `attend` they hand to it.
+differ only in the `attend` they hand to it. What differs from layer to layer is data (`Layer`):
+scanned along with the weights in the train form, constants in the decode form.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from grpo.model.arch import Arch
-from grpo.model.attention import KV, attention, shared_prefix_attention, tree_attention
+from grpo.model.attention import (
+    KV,
+    attention,
+    capped,
+    shared_prefix_attention,
+    tree_attention,
+    within,
+)
 from grpo.model.embedding import embed_tokens
 from grpo.model.params import Params, ParamSpec, param_table
+from grpo.model.rope import Yarn, frequencies
+from grpo.model.stack import scan_layers
 from grpo.sharding import DECODE_RULES, propagated, shard, spec
 
 _PRODUCTS = ("q", "k", "v", "attn_out", "residual", "gate", "up")  # named in `block`
@@ -33,19 +44,52 @@ REMAT_POLICIES: dict[str, Any] = {
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
-def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale, the statistics in float32."""
+class Layer(NamedTuple):
+    """What may differ between layers that share one block function."""
+
+    frequency_h: Any  # radians a position of each rotary pair, float32 [H / 2]; 0: not rotated
+    gain: Any  # multiplies rotated queries and keys
+    window: Any  # how many tokens a query sees, itself included; None: all
+
+
+def layers_of(arch: Arch) -> list[Layer]:
+    """The layers' own settings, from first to last."""
+    H, scaling = arch.head_width, arch.rope_scaling
+    gain = scaling.gain if isinstance(scaling, Yarn) else 1.0
+    everywhere = Layer(frequencies(arch.rope_theta, scaling, H), gain, None)
+    local = everywhere._replace(window=arch.window)
+    if arch.local_rope_theta is not None:
+        local = Layer(frequencies(arch.local_rope_theta, None, H), 1.0, arch.window)
+    unrotated = Layer(np.zeros(H // 2, np.float32), 1.0, None)
+    kinds = {"global": everywhere, "sliding": local, "unrotated": unrotated}
+    return [kinds[name] for name in arch.layer_types or ("global",) * arch.num_layers]
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """x / rms(x) * (offset + scale), the statistics in float32.
+
+    With an offset the scale is applied in float32 as well, as Gemma does: bfloat16 holds what a
+    scale is above 1 to 8 bits, their sum not.
+    """
     x32_BTD = x_BTD.astype(jnp.float32)
     mean_square_BT1 = jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True)
-    return (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)).astype(x_BTD.dtype) * scale_D
+    normed_BTD = x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)
+    if offset:
+        return (normed_BTD * (offset + scale_D.astype(jnp.float32))).astype(x_BTD.dtype)
+    return normed_BTD.astype(x_BTD.dtype) * scale_D
 
 
-def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotates pairs (h, h + H/2) by position * theta**(-2h/H) (arXiv:2104.09864)."""
+def rotary(
+    x_BTNH: jax.Array,
+    positions_BT: jax.Array,
+    frequency_h: jax.Array | np.ndarray,
+    gain: float = 1.0,
+) -> jax.Array:
+    """Rotates pairs (h, h + H/2) by position * frequency (arXiv:2104.09864), times `gain`."""
     half = x_BTNH.shape[-1] // 2
-    frequency_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BT1h = positions_BT[..., None, None].astype(jnp.float32) * frequency_h
-    sin, cos = jnp.sin(angle_BT1h).astype(x_BTNH.dtype), jnp.cos(angle_BT1h).astype(x_BTNH.dtype)
+    sin = (jnp.sin(angle_BT1h) * gain).astype(x_BTNH.dtype)
+    cos = (jnp.cos(angle_BT1h) * gain).astype(x_BTNH.dtype)
     left, right = x_BTNH[..., :half], x_BTNH[..., half:]
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
@@ -83,33 +127,68 @@ def _linear_backward(
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
 def block(
-    weights: Params, x_BTD: jax.Array, positions_BT: jax.Array, arch: Arch, attend: Attend
+    weights: Params,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    arch: Arch,
+    layer: Layer,
+    attend: Attend,
 ) -> tuple[jax.Array, Any]:
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
     `attend(q, k, v)` gets this layer's projections, rotated, and returns the mixed values and
-    whatever the caller wants to keep (the updated cache).
+    whatever the caller wants to keep (the updated cache). It divides scores by sqrt(H).
     """
     w = jax.tree.map(lambda a: a.astype(x_BTD.dtype), weights)
     B, T, _ = x_BTD.shape
 
+    def norm(x_BTD: jax.Array, name: str) -> jax.Array:
+        return rms_norm(x_BTD, w[name], arch.norm_eps, arch.norm_offset)
+
     def heads(h_BTD: jax.Array, name: str) -> jax.Array:
         D, count, width = w[name].shape
         product = linear(h_BTD, w[name].reshape(D, -1)).reshape(B, T, count, width)
+        if arch.qkv_bias:
+            product += w[f"{name}_bias"]
         return checkpoint_name(product, name)
 
-    h_BTD = rms_norm(x_BTD, w["attn_norm"], arch.norm_eps)
-    q_BTNH = rotary(heads(h_BTD, "q"), positions_BT, arch.rope_theta)
-    k_BTKH = rotary(heads(h_BTD, "k"), positions_BT, arch.rope_theta)
-    v_BTKH = heads(h_BTD, "v")
+    def placed(name: str) -> jax.Array:
+        h_BTNH = heads(h_BTD, name)
+        if arch.qk_norm:
+            h_BTNH = norm(h_BTNH, f"{name}_norm")
+        return rotary(h_BTNH, positions_BT, layer.frequency_h, layer.gain)
+
+    def added(x_BTD: jax.Array, written_BTD: jax.Array, name: str) -> jax.Array:
+        return x_BTD + (norm(written_BTD, name) if arch.sandwich_norm else written_BTD)
+
+    h_BTD = norm(x_BTD, "attn_norm")
+    q_BTNH, k_BTKH, v_BTKH = placed("q"), placed("k"), heads(h_BTD, "v")
+    if arch.query_scale is not None:
+        q_BTNH *= arch.query_scale * arch.head_width**0.5
     mixed_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
     mixed_BTD = linear(mixed_BTNH.reshape(B, T, -1), w["o"].reshape(-1, arch.width))
-    x_BTD = checkpoint_name(x_BTD + mixed_BTD, "residual")
-    h_BTD = rms_norm(x_BTD, w["mlp_norm"], arch.norm_eps)
+    x_BTD = checkpoint_name(added(x_BTD, mixed_BTD, "post_attn_norm"), "residual")
+    h_BTD = norm(x_BTD, "mlp_norm")
     gate_BTF = checkpoint_name(linear(h_BTD, w["gate"]), "gate")
     up_BTF = checkpoint_name(linear(h_BTD, w["up"]), "up")
-    return x_BTD + linear(jax.nn.silu(gate_BTF) * up_BTF, w["down"]), kept
+    down_BTD = linear(_ACTIVATIONS[arch.activation](gate_BTF) * up_BTF, w["down"])
+    return added(x_BTD, down_BTD, "post_mlp_norm"), kept
+
+
+def embed(table_VD: jax.Array, tokens_BT: jax.Array, arch: Arch) -> jax.Array:
+    """What the first layer reads, in the table's dtype."""
+    return _scaled(table_VD[tokens_BT], arch)
+
+
+def _scaled(x_BTD: jax.Array, arch: Arch) -> jax.Array:
+    return x_BTD if arch.embed_scale == 1 else x_BTD * jnp.asarray(arch.embed_scale, x_BTD.dtype)
 
 
 def head(params: Params) -> jax.Array:
@@ -149,7 +228,7 @@ def hidden_states(
     """Final, normed hidden states [R, T, D] of packed rows (see `grpo.structs.Batch`).
 
     Args:
-      params: the train form.
+      params: the train form; its layers may be `Summed` (grpo/model/stack.py).
       arch: shape of the model.
       tokens_RT: int32 ids.
       positions_RT: int32.
@@ -161,31 +240,58 @@ def hidden_states(
       attention_by: see `grpo.model.attention.tree_attention`.
     """
 
+    shared, own = _scannable(layers_of(arch))
     rows = spec(("batch", None, None))
 
     def inside(
         weights: Params,
         x_RTD: jax.Array,
+        own: dict[str, Any],
         positions_RT: jax.Array,
         groups_RT: jax.Array,
         branches_RT: jax.Array,
     ) -> jax.Array:
+        layer = Layer(**shared, **own)
+
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            mixed = tree_attention(q, k, v, groups_RT, branches_RT, implementation=attention_by)
+            mixed = tree_attention(
+                q,
+                k,
+                v,
+                groups_RT,
+                branches_RT,
+                positions_RT,
+                layer.window,
+                arch.score_cap,
+                implementation=attention_by,
+            )
             return checkpoint_name(mixed, "attn_out"), None
 
-        return block(weights, x_RTD, positions_RT, arch, attend)[0]
+        return block(weights, x_RTD, positions_RT, arch, layer, attend)[0]
 
-    def layer(x_RTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
+    def one(x_RTD: jax.Array, weights: Params, own: dict[str, Any]) -> jax.Array:
         weights = _gathered(weights, arch, dtype)
         x_RTD = shard(x_RTD, "batch", None, None)
         tree = positions_RT, groups_RT, branches_RT
-        return propagated(inside, rows)(weights, x_RTD, *tree), None
+        return propagated(inside, rows)(weights, x_RTD, own, *tree)
 
-    layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x_RTD = embed_tokens(params["embed"], tokens_RT, dtype)
-    x_RTD, _ = jax.lax.scan(layer, x_RTD, params["layers"])
-    return rms_norm(x_RTD, params["final_norm"].astype(dtype), arch.norm_eps)
+    one = jax.checkpoint(one, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    x_RTD = _scaled(embed_tokens(params["embed"], tokens_RT, dtype), arch)
+    x_RTD = scan_layers(one, x_RTD, params["layers"], own)
+    return rms_norm(x_RTD, params["final_norm"].astype(dtype), arch.norm_eps, arch.norm_offset)
+
+
+def _scannable(layers: list[Layer]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What all layers share, as it is, and what they do not, stacked for the scan."""
+    shared, own = {}, {}
+    for name in Layer._fields:
+        values = [getattr(layer, name) for layer in layers]
+        if all(np.array_equal(value, values[0]) for value in values):
+            shared[name] = values[0]
+        else:  # no window is one that is never left
+            everything = np.int32(np.iinfo(np.int32).max)
+            own[name] = np.stack([everything if value is None else value for value in values])
+    return shared, own
 
 
 # ---- decode form -----------------------------------------------------------------------------
@@ -226,12 +332,19 @@ def prefill(weights: Params, arch: Arch, tokens_RQ: jax.Array) -> list[KV]:
     positions_RQ = jnp.broadcast_to(jnp.arange(tokens_RQ.shape[1]), tokens_RQ.shape)
     causal_RQQ = positions_RQ[:, :, None] >= positions_RQ[:, None, :]
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KV]:
-        return attention(q, k, v, causal_RQQ), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None
+    ) -> tuple[jax.Array, KV]:
+        mask_RQQ = causal_RQQ
+        if window is not None:
+            mask_RQQ = causal_RQQ & within(window, positions_RQ, positions_RQ)
+        mixed = attention(q, k, v, mask_RQQ, arch.score_cap)
+        return mixed, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-    x_RQD, cache = weights["embed"][tokens_RQ], []
-    for layer in weights["layers"]:
-        x_RQD, kv = block(layer, x_RQD, positions_RQ, arch, attend)
+    x_RQD, cache = embed(weights["embed"], tokens_RQ, arch), []
+    for layer_weights, layer in zip(weights["layers"], layers_of(arch), strict=True):
+        attend_here = functools.partial(attend, window=layer.window)
+        x_RQD, kv = block(layer_weights, x_RQD, positions_RQ, arch, layer, attend_here)
         cache.append(kv)
     return cache
 
@@ -259,8 +372,9 @@ def decode_step(
     B, T = tokens_BT.shape
     length = cache[0][0].shape[2]
     slot_BT = written_B[:, None] + jnp.arange(T)
-    visible_BTS = jnp.arange(length) <= slot_BT[..., None]
-    position_BT = jnp.repeat(prompt_len_P, B // len(prompt_len_P))[:, None] + slot_BT
+    written_BTS = jnp.arange(length) <= slot_BT[..., None]
+    prompt_len_B1 = jnp.repeat(prompt_len_P, B // len(prompt_len_P))[:, None]
+    position_BT = prompt_len_B1 + slot_BT
     rows_B1 = jnp.arange(B)[:, None]
 
     def put(cache_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
@@ -270,16 +384,27 @@ def decode_step(
         )
 
     def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, *, prompt: KV, own: KV
+        q: jax.Array, k: jax.Array, v: jax.Array, *, prompt: KV, own: KV, window: int | None
     ) -> tuple[jax.Array, KV]:
         own = put(own[0], k), put(own[1], v)
-        return shared_prefix_attention(q, prompt, prompt_len_P, own, visible_BTS), own
+        visible_BTS, prompt_visible_BTQ = written_BTS, None
+        if window is not None:
+            own_BS = prompt_len_B1 + jnp.arange(length)
+            prompt_1Q = jnp.arange(prompt[0].shape[2])[None]
+            visible_BTS = written_BTS & within(window, position_BT, own_BS)
+            prompt_visible_BTQ = within(window, position_BT, prompt_1Q)
+        mixed = shared_prefix_attention(
+            q, prompt, prompt_len_P, own, visible_BTS, prompt_visible_BTQ, arch.score_cap
+        )
+        return mixed, own
 
-    x_BTD, written = weights["embed"][tokens_BT], []
-    for layer, prompt, own in zip(weights["layers"], prompts, cache, strict=True):
-        attend_here = functools.partial(attend, prompt=prompt, own=own)
-        x_BTD, kept = block(layer, x_BTD, position_BT, arch, attend_here)
+    x_BTD, written = embed(weights["embed"], tokens_BT, arch), []
+    for layer_weights, layer, prompt, own in zip(
+        weights["layers"], layers_of(arch), prompts, cache, strict=True
+    ):
+        attend_here = functools.partial(attend, prompt=prompt, own=own, window=layer.window)
+        x_BTD, kept = block(layer_weights, x_BTD, position_BT, arch, layer, attend_here)
         written.append(kept)
-    x_BTD = rms_norm(x_BTD, weights["final_norm"], arch.norm_eps)
+    x_BTD = rms_norm(x_BTD, weights["final_norm"], arch.norm_eps, arch.norm_offset)
     logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, head(weights), preferred_element_type=jnp.float32)
-    return logits_BTV, written
+    return capped(logits_BTV, arch.logit_cap), written

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo.model.arch import Arch
-from grpo.model.decoder import head, hidden_states
+from grpo.model.decoder import capped, head, hidden_states
 from grpo.model.params import Params
 from grpo.sharding import propagated, shard, spec
 from grpo.structs import Batch
@@ -21,6 +21,7 @@ def chunked_logprobs(
     *,
     temperature: float,
     chunk: int,
+    logit_cap: float | None = None,
 ) -> Pair:
     """log pi(target) and the entropy of pi, both [R, C] float32 nats.
 
@@ -42,7 +43,8 @@ def chunked_logprobs(
         logits_RcV = jnp.einsum(
             "rcd,dv->rcv", hidden_RcD, weight, preferred_element_type=jnp.float32
         )
-        logits_RcV = shard(logits_RcV, "batch", None, "vocab") / temperature
+        logits_RcV = shard(logits_RcV, "batch", None, "vocab")
+        logits_RcV = capped(logits_RcV, logit_cap) / temperature
         top_Rc1 = jax.lax.stop_gradient(logits_RcV.max(axis=-1, keepdims=True))
         weight_RcV = jnp.exp(logits_RcV - top_Rc1)
         total_Rc = weight_RcV.sum(axis=-1)
@@ -95,7 +97,12 @@ def completion_logprobs(
     ) -> Pair:
         hidden_RCD = jnp.take_along_axis(hidden_RTD, contexts_RC[..., None], axis=1)
         return chunked_logprobs(
-            hidden_RCD, head_DV, targets_RC, temperature=temperature, chunk=chunk
+            hidden_RCD,
+            head_DV,
+            targets_RC,
+            temperature=temperature,
+            chunk=chunk,
+            logit_cap=arch.logit_cap,
         )
 
     head_DV = shard(head(params), None, "vocab")

@@ -36,6 +36,7 @@ def splash_tree_attention(
     groups_RT: jax.Array,
     branches_RT: jax.Array,
     *,
+    score_cap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """`grpo.model.attention.tree_attention` in one kernel, forward and backward.
@@ -49,6 +50,7 @@ def splash_tree_attention(
       v_RTKH: values.
       groups_RT: int32; 0 is padding.
       branches_RT: int32; 0 is a prompt.
+      score_cap: as in `Arch`.
       interpret: run the kernel's steps as plain JAX, where there is no TPU; slow.
 
     Raises:
@@ -60,7 +62,9 @@ def splash_tree_attention(
             "lower algo.microbatch_tokens, or set model.attention=xla"
         )
     queries_per_key = q_RTNH.shape[2] // k_RTKH.shape[2]
-    local = functools.partial(_local, queries_per_key=queries_per_key, interpret=interpret)
+    local = functools.partial(
+        _local, queries_per_key=queries_per_key, score_cap=score_cap, interpret=interpret
+    )
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local(q_RTNH, k_RTKH, v_RTKH, groups_RT, branches_RT, shared_keys=False)
@@ -84,6 +88,7 @@ def _local(
     *,
     queries_per_key: int,
     shared_keys: bool,
+    score_cap: float | None,
     interpret: bool,
 ) -> jax.Array:
     """One device's rows and heads; with `shared_keys` it has all keys' heads and takes its one."""
@@ -101,7 +106,7 @@ def _local(
     )
     q_RKnTH = jnp.moveaxis(q_RTNH.reshape(R, T + pad, K, N // K, H), 1, 3)
     k_RKSH, v_RKSH = (jnp.moveaxis(jnp.concatenate([x, x], axis=1), 1, 2) for x in (k_RTKH, v_RTKH))
-    kernel = _kernel(T + pad, N // K, interpret=interpret)
+    kernel = _kernel(T + pad, N // K, score_cap=score_cap, interpret=interpret)
 
     def row(q_KnTH: Any, k_KSH: Any, v_KSH: Any, groups_T: Any, branches_T: Any) -> Any:
         segments = kernels.SegmentIds(
@@ -153,7 +158,9 @@ class _TwiceCausal(masks._ComputableMask):
         return hash((type(self), self.shape))
 
 
-def _kernel(T: int, heads: int, *, interpret: bool) -> kernels.SplashAttentionKernel:
+def _kernel(
+    T: int, heads: int, *, score_cap: float | None, interpret: bool
+) -> kernels.SplashAttentionKernel:
     block = next(size for size in (512, 256, _LANES) if T % size == 0)
     sizes = kernels.BlockSizes(
         block_q=block,
@@ -170,6 +177,7 @@ def _kernel(T: int, heads: int, *, interpret: bool) -> kernels.SplashAttentionKe
         block_sizes=sizes,
         # What the backward pass needs of the forward one is kept where attention outputs are.
         residual_checkpoint_name="attn_out",
+        attn_logits_soft_cap=score_cap,
         interpret=interpret,
     )
 

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from grpo.model import families
+from grpo.model import families, families_gguf
 from grpo.model.arch import Arch
 from grpo.model.params import Params, ParamSpec, param_table
 
@@ -48,9 +48,11 @@ class StoredArray:
 Put = Callable[[str, ParamSpec, StoredArray], Any]
 
 # Both formats store a matrix as [outputs, inputs] and flatten heads. So a stored matrix is ours
-# with its first `n` axes (the inputs) flattened, the rest (the outputs) flattened, transposed.
+# with its first `n` axes (the inputs) flattened, the rest (the outputs) flattened, transposed; a
+# bias has outputs only.
 # Arrays not listed are stored as we keep them.
-_INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
+INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
+INPUT_AXES |= {"q_bias": 0, "k_bias": 0, "v_bias": 0}
 
 
 def read_arch(source: Path) -> Arch:
@@ -69,7 +71,7 @@ def read_arch(source: Path) -> Arch:
             for name, field in reader.fields.items()
             if not name.startswith("tokenizer.")
         }
-        return families.arch_from_gguf(fields, shapes)
+        return families_gguf.arch_from_gguf(fields, shapes)
     config = source / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{config} is missing: is {source} a Hugging Face model folder?")
@@ -90,9 +92,9 @@ def load_weights(source: Path, arch: Arch, put: Put | None = None) -> Params:
       FileNotFoundError: a file is missing.
       ValueError: a tensor is missing, unknown, of another shape or of an unsupported dtype.
     """
-    stored = _open_gguf(source, arch) if _is_gguf(source) else _open_safetensors(source)
+    stored = (_open_gguf if _is_gguf(source) else _open_safetensors)(source, arch)
     place: Put = put or (lambda path, spec, array: jnp.asarray(np.asarray(array)))
-    table = dict(_flat_table(arch))
+    table = dict(flat_table(arch))
     _check_names(stored, table)
 
     params: Params = {"layers": {}}
@@ -115,7 +117,7 @@ class _Stored:
     read: Callable[[str, Index], np.ndarray]  # part of a tensor, float32 [outputs, inputs]
 
 
-def _flat_table(arch: Arch) -> Iterator[tuple[str, ParamSpec]]:
+def flat_table(arch: Arch) -> Iterator[tuple[str, ParamSpec]]:
     for name, entry in param_table(arch).items():
         if isinstance(entry, ParamSpec):
             yield name, entry
@@ -167,10 +169,10 @@ def _stored_array(stored: _Stored, path: str, spec: ParamSpec) -> StoredArray:
 
 
 def _check_shape(stored: _Stored, name: str, path: str, shape: tuple[int, ...]) -> None:
-    inputs = _INPUT_AXES.get(path.rpartition("/")[2])
+    inputs = INPUT_AXES.get(path.rpartition("/")[2])
     expected = shape
     if inputs is not None:
-        expected = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+        expected = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))[: 1 + (inputs > 0)]
     if stored.shape(name) != expected:
         raise ValueError(
             f"{stored.files[name]}: tensor {name} has shape {stored.shape(name)}, "
@@ -182,11 +184,13 @@ def _part(
     stored: _Stored, name: str, path: str, shape: tuple[int, ...], index: Index
 ) -> np.ndarray:
     """Part of tensor `name`, whose shape we call `shape`."""
-    inputs = _INPUT_AXES.get(path.rpartition("/")[2])
+    inputs = INPUT_AXES.get(path.rpartition("/")[2])
     if inputs is None:
         return np.ascontiguousarray(stored.read(name, index))
-    columns, rows = _flat(shape[:inputs], index[:inputs]), _flat(shape[inputs:], index[inputs:])
-    values = stored.read(name, (rows, columns)).T
+    flat = [_flat(shape[inputs:], index[inputs:])]
+    if inputs:
+        flat.append(_flat(shape[:inputs], index[:inputs]))
+    values = stored.read(name, tuple(flat)).T
     # Of the first axis of either group what is wanted was read, of the others everything.
     leading = (0, inputs)
     read = [
@@ -206,7 +210,7 @@ def _flat(shape: tuple[int, ...], index: Index) -> slice:
 _FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
-def _open_safetensors(folder: Path) -> _Stored:
+def _open_safetensors(folder: Path, arch: Arch) -> _Stored:
     listing, handles, files = _safetensors_files(folder)
 
     def shape(name: str) -> tuple[int, ...]:
@@ -226,7 +230,7 @@ def _open_safetensors(folder: Path) -> _Stored:
         # not tied is in the table, so this never hides one.
         return name.endswith(".rotary_emb.inv_freq") or name == families.HF_LLAMA_NAMES["head"]
 
-    return _Stored(listing, families.HF_LLAMA_NAMES, files, ignored, shape, read)
+    return _Stored(listing, families.hf_names(arch), files, ignored, shape, read)
 
 
 def _safetensors_files(folder: Path) -> tuple[Path, dict[Path, Any], dict[str, Path]]:
@@ -278,29 +282,37 @@ def _gguf_reader(path: Path) -> Any:
 
 
 def _open_gguf(path: Path, arch: Arch) -> _Stored:
-    from gguf import dequantize
+    from gguf import GGMLQuantizationType, dequantize
 
-    tensors = {t.name: t for t in _gguf_reader(path).tensors}
-    heads = {".attn_q.weight": arch.num_heads, ".attn_k.weight": arch.num_kv_heads}
+    whole = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+    reader = _gguf_reader(path)
+    tensors = {t.name: t for t in reader.tensors}
+    heads = {}
+    if families_gguf.rotates_neighbours(reader.fields["general.architecture"].contents()):
+        heads = {".attn_q.weight": arch.num_heads, ".attn_k.weight": arch.num_kv_heads}
 
     def shape(name: str) -> tuple[int, ...]:
         return tuple(map(int, reversed(tensors[name].shape)))
 
     @functools.lru_cache(maxsize=1)
-    def whole(name: str) -> np.ndarray:
-        values = np.asarray(dequantize(tensors[name].data, tensors[name].tensor_type), np.float32)
+    def dequantised(name: str) -> np.ndarray:
+        kind = tensors[name].tensor_type
+        values = np.asarray(dequantize(tensors[name].data, kind), np.float32)
+        if name.endswith("norm.weight"):  # llama.cpp keeps scales with the offset added
+            values = values - arch.norm_offset
         # The weights were published in bfloat16. Rounding what the quantisation left of them to
         # bfloat16 gives what a folder converted from this file would hold: one model, one set
         # of parameters, whichever file it came from.
-        values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
+        if kind not in whole:
+            values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
         count = next((n for suffix, n in heads.items() if name.endswith(suffix)), 0)
         return half_split_rows(values, count) if count else values
 
     def read(name: str, index: Index) -> np.ndarray:
-        return whole(name)[index]
+        return dequantised(name)[index]
 
     files = dict.fromkeys(tensors, path)
-    return _Stored(path, families.GGUF_LLAMA_NAMES, files, lambda name: False, shape, read)
+    return _Stored(path, families_gguf.GGUF_LLAMA_NAMES, files, lambda name: False, shape, read)
 
 
 def half_split_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:
