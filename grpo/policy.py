@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from grpo.config import Config, ModelConfig
-from grpo.data.tokenizer import Tokenizer, load_tokenizer
+from grpo.data.tokenizer import Tokenizer, load_tokenizer, with_thinking
 from grpo.model.arch import Arch
 from grpo.model.attention import chosen_attention
 from grpo.model.decoder import to_decode
@@ -52,6 +52,8 @@ def make_policy(config: Config) -> Policy:
     if config.model.source:
         source = open_source(config.model.source)
         arch, tokenizer, read = source.arch, source.tokenizer, source.read
+        if config.model.thinking != "default":
+            tokenizer = with_thinking(tokenizer, config.model.thinking == "on")
     else:
         tokenizer = load_tokenizer("bytes")
         arch, read = new_arch(config.model, tokenizer.vocab_size), None

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from grpo import fetch
 from grpo.checkpoint import read_params, saved_steps
 from grpo.config import ModelConfig
-from grpo.data.tokenizer import Tokenizer, load_tokenizer
+from grpo.data.tokenizer import Tokenizer, load_tokenizer, with_thinking
 from grpo.model.arch import Arch
 from grpo.model.params import Params, ParamSpec, param_table
 from grpo.model.weights import StoredArray, load_weights, read_arch
@@ -154,7 +154,10 @@ def _open_workdir(workdir: Path, step: int | None, base: str) -> Source:
             f"the run in {workdir} began with model.source={model.source!r}, whose shape and "
             f"tokenizer are needed (say where it is now with --base): {error}"
         ) from error
-    return dataclasses.replace(origin, workdir=workdir, step=step)
+    tokenizer = origin.tokenizer
+    if model.thinking != "default":  # ask as the run asked
+        tokenizer = with_thinking(tokenizer, model.thinking == "on")
+    return dataclasses.replace(origin, tokenizer=tokenizer, workdir=workdir, step=step)
 
 
 def _put(

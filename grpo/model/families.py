@@ -264,6 +264,11 @@ def _layer_types(fields: Fields, slides: list[bool], window: int | None) -> dict
         kinds = tuple("sliding" if yes else "global" for yes in slides)
     elif unknown := set(listed) - theirs.keys():
         raise fields.unsupported("layer_types", sorted(unknown)[0], sorted(theirs))
+    elif len(listed) != len(slides):
+        raise ValueError(
+            f"config.json: layer_types names {len(listed)} layers, num_hidden_layers is "
+            f"{len(slides)}"
+        )
     else:
         kinds = tuple(theirs[kind] for kind in listed)
     if "sliding" not in kinds or (listed is None and window is None):

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from grpo.model.arch import Arch
-from grpo.model.decoder import capped, head, hidden_states
+from grpo.model.attention import capped
+from grpo.model.decoder import head, hidden_states
 from grpo.model.params import Params
 from grpo.sharding import propagated, shard, spec
 from grpo.structs import Batch

@@ -84,7 +84,7 @@ def stored_values(params: Params, tensors: list[StoredTensor]) -> Iterator[np.nd
         values = _gathered(leaf, tensor.layer)
         inputs = INPUT_AXES.get(tensor.path.rpartition("/")[2])
         if inputs is not None:
-            values = values.reshape(math.prod(values.shape[:inputs]), -1).T
+            values = values.reshape(math.prod(values.shape[:inputs]), -1).T.reshape(tensor.shape)
         yield np.ascontiguousarray(values)
 
 
@@ -105,7 +105,7 @@ def write_safetensors(
     Raises:
       ValueError: a value is too large for `dtype`, or not finite.
     """
-    tensors = stored_tensors(arch, families.HF_LLAMA_NAMES)
+    tensors = stored_tensors(arch, families.hf_names(arch))
     shards = _shards(tensors, DTYPES[dtype].itemsize, max_shard_bytes)
     files = [
         "model.safetensors"
@@ -169,7 +169,8 @@ def _stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     inputs = INPUT_AXES.get(path.rpartition("/")[2])
     if inputs is None:
         return shape
-    return (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+    outputs = (math.prod(shape[inputs:]),)
+    return (*outputs, math.prod(shape[:inputs])) if inputs else outputs
 
 
 def _shards(tensors: list[StoredTensor], itemsize: int, max_bytes: int) -> list[list[StoredTensor]]:
