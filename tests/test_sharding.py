@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 from toy_model import ARCH, MAX_NEW, MAX_PROMPT, ToyTokenizer, mesh_of, toy_params
 
 from grpo import loss
+from grpo.ask import hand_over
 from grpo.batch import RowShape, Sample, pack, to_device, totals
 from grpo.config import ModelConfig, OptimConfig
 from grpo.engine.engine import Engine, Request
 from grpo.engine.programs import Programs
 from grpo.model.arch import Arch
-from grpo.model.params import ParamSpec, decode_table
+from grpo.model.params import ParamSpec, decode_table, num_params
 from grpo.policy import Policy, lay_out
 from grpo.sharding import AXIS_TYPES, DECODE_RULES, make_mesh, param_shardings
 from grpo.update import (
@@ -216,6 +217,21 @@ def test_sizes_that_do_not_fit_the_devices_are_errors():
     mesh = make_mesh(2, -1, 2, "explicit")
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert set(mesh.axis_types) == {AXIS_TYPES["explicit"]}
+
+
+def test_the_hand_over_says_what_it_took():
+    """The decode form is split over `tensor` only: four copies of it, the norm scales eight."""
+    state, policy = (two_steps("4x2", "explicit")[key] for key in ("state", "policy"))
+    with jax.set_mesh(policy.mesh):
+        weights, metrics = hand_over(policy, state.params)
+    scales = 2 * 2 * 16 + 16
+    expected = 4 * (4 * (num_params(ARCH) - scales) + 8 * scales)
+    assert metrics["handover/weights_bytes"] == expected
+    held = [
+        shard.data.nbytes for leaf in jax.tree.leaves(weights) for shard in leaf.addressable_shards
+    ]
+    assert sum(held) == expected
+    assert metrics["time/handover_s"] > 0
 
 
 # ---- what stays in the hosts' memory ---------------------------------------------------------
