@@ -31,6 +31,7 @@ from grpo.stages.sft import SftStage
 from grpo.structs import Batch, Scores, TrainState
 from grpo.update import (
     Objective,
+    Offload,
     Update,
     abstract_state,
     decayed_params,
@@ -38,6 +39,7 @@ from grpo.update import (
     learning_rate,
     make_logprobs,
     make_optimizer,
+    reference_shardings,
 )
 from grpo.watchdog import Watchdog
 from grpo.workdir import Workdir, open_workdir
@@ -54,6 +56,7 @@ class Run:
       new_state: initial parameters -> state at step 0.
       advantage: scores -> advantages [P, G].
       update: (state, microbatches, totals) -> (state, metrics).
+      keep_reference: puts a reference where it is kept while it is not asked.
       empty_batch: a microbatch of padding, on the mesh.
       needs_every_row: completions of zero advantage still have a gradient (KL or entropy).
       logprobs: (params, microbatch) -> log-probs [R, C], jitted.
@@ -74,6 +77,7 @@ class Run:
     new_state: Callable[[Params], TrainState]
     advantage: Callable[[Scores], np.ndarray]
     update: Update
+    keep_reference: Callable[[Params], Params]
     empty_batch: Batch
     needs_every_row: bool
     logprobs: Callable[[Params, Batch], jax.Array]
@@ -143,11 +147,11 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
     if config.sft.num_steps:
         source = config.sft.source or config.data.train
         sft = SftStage(config, policy, source, folder)
-    renewed = renews_reference(config)
-    state_like = abstract_state(policy, optimizer, keep_reference=renewed)
+    form = state_form(config)
+    state_like = abstract_state(policy, optimizer, **form)
 
     def new_state(params: Params) -> TrainState:
-        state = init_state(policy, params, optimizer, keep_reference=renewed)
+        state = init_state(policy, params, optimizer, **form)
         return state.replace(**on_host)
 
     run = Run(
@@ -164,6 +168,7 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
         new_state=new_state,
         advantage=bind(algo.advantage, algo),
         update=update,
+        keep_reference=partial(jax.device_put, device=reference_shardings(policy, form["offload"])),
         empty_batch=to_device(pack([], shape).microbatches[0], policy.mesh),
         needs_every_row=bool(algo.entropy_coef or (algo.kl_coef and not algo.kl_in_reward)),
         logprobs=make_logprobs(policy),
@@ -198,9 +203,15 @@ def problems_asked(config: Config) -> int:
     return algo.problems_per_step + extra_groups(algo.problems_per_step, algo.oversample)
 
 
-def renews_reference(config: Config) -> bool:
-    """The reference is part of the state."""
-    return bool(config.algo.kl_coef and config.algo.ref_every)
+def state_form(config: Config) -> dict[str, Any]:
+    """Arguments of `grpo.update` that say what the state holds, and where."""
+    algo = config.algo
+    return {
+        "keep_reference": bool(algo.kl_coef and algo.ref_every),
+        "offload": Offload(
+            moments=config.optim.offload, reference=bool(algo.kl_coef and algo.ref_offload)
+        ),
+    }
 
 
 def make_engine(config: Config, policy: Policy) -> Engine:
@@ -241,7 +252,7 @@ def make_update(
         _objective(config, schedule.on_policy),
         optimizer,
         rate,
-        keep_reference=renews_reference(config),
+        **state_form(config),
     )
     return update, optimizer, rate
 

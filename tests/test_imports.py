@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "grpo.metrics": ("grpo.hosts",),
     "grpo.data": ("grpo.data",),
     "grpo.model": ("grpo.model", "grpo.sharding", "grpo.structs"),
-    "grpo.engine.sampling": (),
+    "grpo.engine.sampling": ("grpo.sharding",),
     "grpo.engine": (
         "grpo.engine",
         "grpo.model",

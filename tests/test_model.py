@@ -428,7 +428,7 @@ def test_real_models_give_the_reference_implementations_values(file, golden):
         pytest.skip(f"{path} is not there")
     cases = json.loads((Path(__file__).parent / "golden" / golden).read_text())
     arch, mesh = read_arch(path), mesh_of()
-    params = load_weights(path, arch, lambda _path, _spec, array: jnp.asarray(array))
+    params = load_weights(path, arch, lambda _path, _spec, array: jnp.asarray(np.asarray(array)))
 
     # Train form: the prompt after its first token, and the reference's own continuation.
     score = jax.jit(

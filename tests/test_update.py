@@ -38,7 +38,7 @@ from grpo.update import (
     make_optimizer,
 )
 
-MESHES: dict[str, dict[str, int]] = {
+MESHES: dict[str, dict[str, Any]] = {
     "1": {},
     "data 8": {"data": 8},
     "fsdp 8": {"fsdp": 8},

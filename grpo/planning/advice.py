@@ -18,7 +18,7 @@ _LEANER = {"none": ("attn", "full"), "products": ("attn", "full"), "attn": ("ful
 class Change:
     """Fields of the configuration, by path below `config`, and their new values."""
 
-    fields: tuple[tuple[str, int | str], ...]
+    fields: tuple[tuple[str, int | str | bool], ...]
 
     def flags(self) -> str:
         return " ".join(f"--config.{path}={value}" for path, value in self.fields)
@@ -56,6 +56,8 @@ def changes(parts: Parts, kind: str) -> Iterator[Change]:
             slots = config.sample.slots >> halving
             if slots and slots % (sizes["data"] * sizes["fsdp"]) == 0:
                 yield Change((("sample.slots", slots),))
+    if kind != "optimiser" and not config.optim.offload:
+        yield Change((("optim.offload", True),))
     if sizes["data"] > 1:
         wider = sizes["data"] * sizes["fsdp"]
         yield Change((("mesh.data", 1), ("mesh.fsdp", wider)))

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo.batch import RowShape, pack
-from grpo.build import make_engine, make_update, microbatch_shape, renews_reference
+from grpo.build import make_engine, make_update, microbatch_shape, state_form
 from grpo.config import Config, MeshConfig
 from grpo.data.tokenizer import ByteTokenizer
 from grpo.engine.engine import Engine
@@ -157,8 +157,7 @@ def make_parts(config: Config, arch: Arch, devices: Sequence[Any] | Mesh) -> Par
     schedule = make_schedule(config, shape)
     engine = make_engine(config, policy)
     update, optimizer, _ = make_update(config, policy, schedule)
-    renewed = renews_reference(config)
-    state = abstract_state(policy, optimizer, keep_reference=renewed)
+    state = abstract_state(policy, optimizer, **state_form(config))
     with jax.set_mesh(mesh):
         like = jax.eval_shape(policy.for_decoding, state.params)
         weights = abstract(like, param_shardings(decode_table(arch), mesh, DECODE_RULES))
@@ -189,10 +188,12 @@ def make_parts(config: Config, arch: Arch, devices: Sequence[Any] | Mesh) -> Par
 
 
 def device_bytes(tree: Any) -> float:
-    """Bytes of a tree of abstract arrays on one device."""
+    """Bytes of a tree of abstract arrays on one device, without those in its host's memory."""
 
     def size(leaf: Any) -> float:
         sharding = getattr(leaf, "sharding", None)
+        if sharding is not None and sharding.memory_kind == "pinned_host":
+            return 0.0
         shape = sharding.shard_shape(leaf.shape) if sharding is not None else leaf.shape
         return math.prod(shape) * _itemsize(leaf.dtype)
 
@@ -282,7 +283,7 @@ def compile_one(program: Program, mesh: Mesh) -> Compiled:
 
 def _mesh(sizes: MeshConfig, devices: Sequence[Any]) -> Mesh:
     try:
-        return make_mesh(sizes.data, sizes.fsdp, sizes.tensor, list(devices))
+        return make_mesh(sizes.data, sizes.fsdp, sizes.tensor, chosen=devices)
     except NotImplementedError as error:  # sides of a slice that do not multiply to the sizes
         raise ValueError(
             f"mesh data={sizes.data} x fsdp={sizes.fsdp} x tensor={sizes.tensor} cannot be laid on "
