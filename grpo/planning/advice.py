@@ -11,6 +11,7 @@ from grpo.planning.memory import Footprint, estimate
 _SAMPLING = ("prefill", "insert", "replay", "decode", "empty cache", "tail", "tail decode")
 _LEARNING = ("log-probs", "gradients")
 _HALVINGS = 5
+_ROUNDS = 3  # sampling, learning, and what holds both
 _LEANER = {"none": ("attn", "full"), "products": ("attn", "full"), "attn": ("full",), "full": ()}
 
 
@@ -70,36 +71,41 @@ def changes(parts: Parts, kind: str) -> Iterator[Change]:
         tensor *= 2
 
 
+Look = Callable[[Parts, str], list[Footprint]]  # (run, kind; "" for all) -> its programs
+
+
 def suggest(
     parts: Parts,
     footprints: Sequence[Footprint],
     capacity: float,
     again: Callable[[Config], Parts],
-    look: Callable[[Parts], list[Footprint]],
+    look: Look,
 ) -> Change | None:
     """A change after which everything fits, confirmed by `look`; None if nothing here helps.
 
     Each candidate is first judged by formula, relative to what was found: only one that should fit
-    is looked at in full.
+    is looked at.
 
     Args:
       parts: of the run that does not fit.
       footprints: of its programs.
       capacity: bytes of a device.
       again: lays a changed run out; a ValueError says that it cannot be.
-      look: footprints of all programs of a run, from the compiler where there is one.
+      look: footprints of a run, from the compiler where there is one.
     """
-    chosen: Change = Change(())
-    for _ in range(3):  # sampling, learning, and what holds both
+    chosen: dict[str, int | str] = {}
+    for _ in range(_ROUNDS):
         worst = max(footprints, key=lambda f: f.total)
         if worst.total <= capacity:
-            return chosen
+            return Change(tuple(chosen.items()))
         found = _helps(parts, worst, capacity, again, look)
         if found is None:
             return None
-        change, parts, footprints = found
-        chosen = Change(tuple({**dict(chosen.fields), **dict(change.fields)}.items()))
-    return chosen if max(f.total for f in footprints) <= capacity else None
+        change, parts = found
+        chosen |= dict(change.fields)
+        footprints = look(parts, "")
+    fits = max(f.total for f in footprints) <= capacity
+    return Change(tuple(chosen.items())) if fits else None
 
 
 def _helps(
@@ -107,8 +113,8 @@ def _helps(
     worst: Footprint,
     capacity: float,
     again: Callable[[Config], Parts],
-    look: Callable[[Parts], list[Footprint]],
-) -> tuple[Change, Parts, list[Footprint]] | None:
+    look: Look,
+) -> tuple[Change, Parts] | None:
     """The first change after which no program of the worst one's kind is too large."""
     before = _estimated(parts, worst)
     for change in changes(parts, worst.kind):
@@ -118,9 +124,8 @@ def _helps(
             continue
         if worst.total + _estimated(changed, worst) - before > capacity:
             continue
-        looked = look(changed)
-        if all(f.total <= capacity for f in looked if f.kind == worst.kind):
-            return change, changed, looked
+        if all(f.total <= capacity for f in look(changed, worst.kind)):
+            return change, changed
     return None
 
 

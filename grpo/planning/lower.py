@@ -211,32 +211,32 @@ def label(program: Program) -> str:
     return "{} x {} tokens".format(*batches[0].tokens_RT.shape) if batches else ""
 
 
-def largest(parts: Parts, every_size: bool = False) -> list[Program]:
-    """The largest program of each kind, or all of them."""
+def largest(parts: Parts, every_size: bool = False, kind: str = "") -> list[Program]:
+    """The largest program of each kind, or of one, or all of them."""
     first: dict[str, Program] = {}
     for program in parts.programs:
         first.setdefault(program.kind, program)
-    return parts.programs if every_size else list(first.values())
+    chosen = parts.programs if every_size else list(first.values())
+    return [program for program in chosen if kind in ("", program.kind)]
 
 
 def compile_all(
-    parts: Parts, *, every_size: bool, extrapolate: bool, tell: Callable[[str], None]
+    parts: Parts, programs: Sequence[Program], *, extrapolate: bool, tell: Callable[[str], None]
 ) -> list[Compiled]:
-    """Compiles the programs one at a time.
+    """Compiles programs one at a time.
 
     Args:
       parts: of the run.
-      every_size: also the smaller sizes of a kind, not its largest only.
+      programs: some of its own.
       extrapolate: programs with unrolled layers are compiled with 2 and 3 of them, and what they
         need is taken to be linear in the number of layers.
       tell: gets a line for each.
     """
-    wanted = largest(parts, every_size)
     arch = parts.policy.arch
     few = extrapolate and arch.num_layers > _MORE and not arch.layer_types  # all layers alike
     shorter = [_with_layers(parts, layers) for layers in (_FEW, _MORE)] if few else []
     compiled = []
-    for program in wanted:
+    for program in programs:
         if shorter and program.kind.removesuffix(" decode") in UNROLLED:
             index = parts.programs.index(program)
             low, high = [compile_one(p.programs[index], p.policy.mesh) for p in shorter]

@@ -111,7 +111,7 @@ def make_plan(
     chip = topology.chip or chip_of(devices[0].device_kind)
     parts = make_parts(config, arch, devices)
     look = partial(_footprints, options=options, compiles=compiles, tell=tell)
-    footprints, compiled = look(parts)
+    footprints, compiled = look(parts, "")
     capacity = chip.hbm_bytes if chip is not None else _host_bytes() / len(devices)
     suggestion = None
     if options.suggest and max(f.total for f in footprints) > capacity:
@@ -120,7 +120,7 @@ def make_plan(
             footprints,
             capacity,
             again=lambda changed: make_parts(changed, arch, devices),
-            look=lambda changed: look(changed)[0],
+            look=lambda changed, kind: look(changed, kind)[0],
         )
     chips = len(devices) // (chip.per_chip if chip else 1)
     found = _timings(parts, compiled, chip, options) if chip else None
@@ -142,13 +142,12 @@ def make_plan(
 
 
 def _footprints(
-    parts: Parts, *, options: Options, compiles: bool, tell: Callable[[str], None]
+    parts: Parts, kind: str, *, options: Options, compiles: bool, tell: Callable[[str], None]
 ) -> tuple[list[Footprint], list[Compiled] | None]:
+    programs = largest(parts, options.every_size, kind)
     if not compiles:
-        return [estimate(parts, p) for p in largest(parts, options.every_size)], None
-    compiled = compile_all(
-        parts, every_size=options.every_size, extrapolate=options.extrapolate, tell=tell
-    )
+        return [estimate(parts, program) for program in programs], None
+    compiled = compile_all(parts, programs, extrapolate=options.extrapolate, tell=tell)
     return [footprint(parts, c) for c in compiled], compiled
 
 
