@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
-from grpo import loss
-from grpo.batch import pack, row_shape, to_device
+from grpo import hosts, loss, runinfo
+from grpo.batch import RowShape, pack, row_shape, to_device
 from grpo.carry import extra_groups, nothing
 from grpo.config import Config, bind, check_all_read, track_reads, validate
 from grpo.curriculum import unseen
@@ -30,6 +31,7 @@ from grpo.stages.sft import SftStage
 from grpo.structs import Batch, Scores, TrainState
 from grpo.update import (
     Objective,
+    Offload,
     Update,
     abstract_state,
     decayed_params,
@@ -37,7 +39,10 @@ from grpo.update import (
     learning_rate,
     make_logprobs,
     make_optimizer,
+    reference_shardings,
 )
+from grpo.watchdog import Watchdog
+from grpo.workdir import Workdir, open_workdir
 from rewards.api import Problem
 
 
@@ -51,9 +56,12 @@ class Run:
       new_state: initial parameters -> state at step 0.
       advantage: scores -> advantages [P, G].
       update: (state, microbatches, totals) -> (state, metrics).
+      keep_reference: puts a reference where it is kept while it is not asked.
       empty_batch: a microbatch of padding, on the mesh.
       needs_every_row: completions of zero advantage still have a gradient (KL or entropy).
       logprobs: (params, microbatch) -> log-probs [R, C], jitted.
+      watchdog: is told what the run does.
+      folder: `workdir`, and where checkpoints go.
     """
 
     config: Config
@@ -69,9 +77,12 @@ class Run:
     new_state: Callable[[Params], TrainState]
     advantage: Callable[[Scores], np.ndarray]
     update: Update
+    keep_reference: Callable[[Params], Params]
     empty_batch: Batch
     needs_every_row: bool
     logprobs: Callable[[Params, Batch], jax.Array]
+    watchdog: Watchdog
+    folder: Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,38 +99,31 @@ class _Subset:
         return self.source[self.indices[i]]
 
 
-def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> Run:
-    """All parts of a run, the mesh and the reward workers entered into `stack`.
+def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Config) -> Run:
+    """All parts of a run; the mesh, the watchdog and the reward workers are entered into `stack`.
 
     Raises:
       ValueError, TypeError: the configuration cannot work; nothing has been compiled yet.
+      HostError: the processes of the run are not about to do the same.
     """
+    folder = open_workdir(workdir)
     validate(config)
+    watchdog = stack.enter_context(Watchdog(config.hosts.watch_s))
+    runinfo.check_same(config, workdir)
     track_reads(config)
     _keep_programs()
     policy = make_policy(config)
     stack.enter_context(jax.set_mesh(policy.mesh))
-    algo, optim, sample = config.algo, config.optim, config.sample
-    max_prompt, experts = config.data.max_prompt_tokens, policy.arch.experts
-    shape = row_shape(
-        max_prompt=max_prompt,
-        max_new=sample.max_new_tokens,
-        group_size=algo.group_size,
-        samples=algo.problems_per_step * algo.group_size // algo.minibatches,
-        microbatch_tokens=algo.microbatch_tokens,
-        ways=batch_ways(policy.mesh),
-        attention_share=attention_share(policy.arch),
-        routed=(policy.arch.routed_layers, experts.per_token) if experts else None,
-    )
+    algo, sample = config.algo, config.sample
+    max_prompt, shape = config.data.max_prompt_tokens, microbatch_shape(config, policy)
     schedule = make_schedule(config, shape)
-    rate = learning_rate(optim, optim.learning_rate, optim.warmup_updates, schedule.updates)
-    print(schedule.describe(rate), flush=True)
-    optimizer = make_optimizer(optim, rate, decayed_params(policy))
+    update, optimizer, rate = make_update(config, policy, schedule)
+    hosts.say(schedule.describe(rate))
     assert config.data.train is not None  # validate() saw to it
     check = config.data.check_reference
     problems = _usable(policy.tokenizer, config.data.train, max_prompt, check, "train")
     extra = extra_groups(algo.problems_per_step, algo.oversample)
-    asked = algo.problems_per_step + extra
+    asked = problems_asked(config)
     if len(problems) < asked:
         beyond = f" and {extra} more (algo.oversample)" if extra else ""
         raise ValueError(
@@ -137,39 +141,22 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
         "pass_rates": unseen(len(problems)) if algo.curriculum > 1 else None,
         "carried": nothing(extra, algo.group_size, sample.max_new_tokens) if extra else None,
     }
-    engine = Engine(
-        policy.arch,
-        policy.tokenizer,
-        policy.mesh,
-        max_prompt=max_prompt,
-        max_new=sample.max_new_tokens,
-        slots=sample.slots,
-        slots_per_prompt=sample.slots_per_prompt
-        or shared_slots(
-            sample.slots, batch_ways(policy.mesh), algo.group_size, asked * algo.group_size
-        ),
-        tokens_per_dispatch=sample.tokens_per_dispatch,
-        dtype=config.model.compute_dtype,
-        stop_strings=sample.stop_strings,
-        tail_slots=sample.tail_slots,
-        draft_tokens=sample.draft_tokens,
-        goes_on=extra > 0,
-    )
-    scorer = stack.enter_context(Scorer(config.reward))
+    engine = make_engine(config, policy)
+    scorer = stack.enter_context(Scorer(config.reward, watchdog.waits_for))
     sft = None
     if config.sft.num_steps:
         source = config.sft.source or config.data.train
-        sft = SftStage(config, policy, source, workdir / "sft")
-    renewed = bool(algo.kl_coef and algo.ref_every)
-    state_like = abstract_state(policy, optimizer, keep_reference=renewed)
+        sft = SftStage(config, policy, source, folder)
+    form = state_form(config)
+    state_like = abstract_state(policy, optimizer, **form)
 
     def new_state(params: Params) -> TrainState:
-        state = init_state(policy, params, optimizer, keep_reference=renewed)
+        state = init_state(policy, params, optimizer, **form)
         return state.replace(**on_host)
 
     run = Run(
         config=config,
-        workdir=workdir,
+        workdir=folder.path,
         policy=policy,
         schedule=schedule,
         problems=problems,
@@ -180,20 +167,95 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
         state_like=state_like.replace(**on_host),
         new_state=new_state,
         advantage=bind(algo.advantage, algo),
-        update=Update(
-            policy,
-            _objective(config, schedule.on_policy),
-            optimizer,
-            rate,
-            keep_reference=renewed,
-        ),
+        update=update,
+        keep_reference=partial(jax.device_put, device=reference_shardings(policy, form["offload"])),
         empty_batch=to_device(pack([], shape).microbatches[0], policy.mesh),
         needs_every_row=bool(algo.entropy_coef or (algo.kl_coef and not algo.kl_in_reward)),
         logprobs=make_logprobs(policy),
+        watchdog=watchdog,
+        folder=folder,
     )
     _read_what_the_loop_reads(config)
     check_all_read(config, baseline)
     return run
+
+
+# ---- what follows from a configuration and a policy, for the run and for its plan --------------
+
+
+def microbatch_shape(config: Config, policy: Policy) -> RowShape:
+    """Of every microbatch of the run."""
+    algo, experts = config.algo, policy.arch.experts
+    return row_shape(
+        max_prompt=config.data.max_prompt_tokens,
+        max_new=config.sample.max_new_tokens,
+        group_size=algo.group_size,
+        samples=algo.problems_per_step * algo.group_size // algo.minibatches,
+        microbatch_tokens=algo.microbatch_tokens,
+        ways=batch_ways(policy.mesh),
+        attention_share=attention_share(policy.arch),
+        routed=(policy.arch.routed_layers, experts.per_token) if experts else None,
+    )
+
+
+def problems_asked(config: Config) -> int:
+    """Groups under way in a step."""
+    algo = config.algo
+    return algo.problems_per_step + extra_groups(algo.problems_per_step, algo.oversample)
+
+
+def state_form(config: Config) -> dict[str, Any]:
+    """Arguments of `grpo.update` that say what the state holds, and where."""
+    algo = config.algo
+    return {
+        "keep_reference": bool(algo.kl_coef and algo.ref_every),
+        "offload": Offload(
+            moments=config.optim.offload, reference=bool(algo.kl_coef and algo.ref_offload)
+        ),
+    }
+
+
+def make_engine(config: Config, policy: Policy) -> Engine:
+    """The engine of the run; nothing is compiled yet."""
+    sample, group_size = config.sample, config.algo.group_size
+    return Engine(
+        policy.arch,
+        policy.tokenizer,
+        policy.mesh,
+        max_prompt=config.data.max_prompt_tokens,
+        max_new=sample.max_new_tokens,
+        slots=sample.slots,
+        slots_per_prompt=sample.slots_per_prompt
+        or shared_slots(
+            sample.slots,
+            batch_ways(policy.mesh),
+            group_size,
+            problems_asked(config) * group_size,
+        ),
+        tokens_per_dispatch=sample.tokens_per_dispatch,
+        dtype=config.model.compute_dtype,
+        stop_strings=sample.stop_strings,
+        tail_slots=sample.tail_slots,
+        draft_tokens=sample.draft_tokens,
+        goes_on=problems_asked(config) > config.algo.problems_per_step,
+    )
+
+
+def make_update(
+    config: Config, policy: Policy, schedule: Schedule
+) -> tuple[Update, optax.GradientTransformation, optax.Schedule]:
+    """The update of the run, its optimiser and its learning rate; nothing is compiled yet."""
+    optim = config.optim
+    rate = learning_rate(optim, optim.learning_rate, optim.warmup_updates, schedule.updates)
+    optimizer = make_optimizer(optim, rate, decayed_params(policy))
+    update = Update(
+        policy,
+        _objective(config, schedule.on_policy),
+        optimizer,
+        rate,
+        **state_form(config),
+    )
+    return update, optimizer, rate
 
 
 def _keep_programs() -> None:
@@ -226,6 +288,7 @@ def _objective(config: Config, on_policy: bool) -> Objective:
 
 def _read_what_the_loop_reads(config: Config) -> None:
     """Touches the fields that the loop itself looks at, always, while it runs."""
+    _ = config.hosts.watch_s
     _ = config.log.save_every, config.log.keep_checkpoints, config.log.rollouts_every
     algo = config.algo
     _ = algo.passes, algo.mask_truncated, algo.kl_in_reward, algo.dynamic_rounds, algo.curriculum
@@ -248,10 +311,9 @@ def _evaluator(config: Config, policy: Policy, engine: Engine, scorer: Scorer) -
         engine, scorer, source, config.eval, config.sample.temperature, config.seed
     )
     if evaluator.temperature == 0 and evaluator.num_samples > 1:
-        print(
+        hosts.say(
             f"eval.temperature is 0: the {evaluator.num_samples} samples of a held-out problem "
-            "will be the same text; eval.num_samples=1 measures as much",
-            flush=True,
+            "will be the same text; eval.num_samples=1 measures as much"
         )
     return evaluator
 
@@ -265,7 +327,7 @@ def _usable(
 ) -> ProblemSource:
     """The problems whose prompts fit and whose references can be read; tells what was dropped."""
     indices, dropped = usable_indices(
-        tokenizer, source, max_prompt, lambda n, of: print(f"reading {name} problems {n}/{of}")
+        tokenizer, source, max_prompt, lambda n, of: hosts.say(f"reading {name} problems {n}/{of}")
     )
     notes = [f"{dropped} dropped, their prompts exceed {max_prompt} tokens"] if dropped else []
     if check_reference is not None:
@@ -280,5 +342,5 @@ def _usable(
             indices = [i for i in indices if faults[i] is None]
         if not indices:
             raise ValueError(f"none of the {name} problems is usable: {'; '.join(notes)}")
-    print("; ".join([f"{name} problems: {len(indices)}", *notes]), flush=True)
+    hosts.say("; ".join([f"{name} problems: {len(indices)}", *notes]))
     return _Subset(source, indices)

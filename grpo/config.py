@@ -20,7 +20,7 @@ from typing import Any
 
 from grpo import advantage, loss
 from grpo.data.sources import ProblemSource
-from grpo.model.arch import REMAT_CHOICES
+from grpo.model.arch import ATTENTION_CHOICES, REMAT_CHOICES
 from rewards.api import Reward
 
 
@@ -69,6 +69,11 @@ class ModelConfig(Section):
         "new model: its shape, as the text of a Hugging Face config.json of any supported family, "
         "without vocab_size; empty: of the sizes below",
     )
+    thinking: str = doc(
+        "default",
+        "on or off: told to chat templates that can ask for a chain of thought or for none "
+        "(Qwen 3, SmolLM 3); default: what the template does by itself",
+    )
     width: int = doc(256, "new model: width of the residual stream")
     mlp_width: int = doc(1024, "new model: width of the MLP")
     num_layers: int = doc(4, "new model: layers")
@@ -78,6 +83,11 @@ class ModelConfig(Section):
         "bfloat16", "what blocks compute in, sampler and trainer alike; parameters stay float32"
     )
     remat: str = doc("attn", f"activations recomputed in the backward pass: {REMAT_CHOICES}")
+    attention: str = doc(
+        "auto",
+        f"what computes the trainer's attention: {ATTENTION_CHOICES}; auto is splash on a TPU, "
+        "cudnn on a GPU in bfloat16 where the heads fit it, else xla",
+    )
     logprob_chunk: int = doc(256, "completion tokens whose logits exist at one time, per row")
 
 
@@ -132,6 +142,11 @@ class RewardConfig(Section):
     )
     workers: int = doc(2, "processes that run the rewards")
     deadline_s: float = doc(2.0, "a reward that takes longer is killed and scores 0 (`timeout`)")
+    wait_s: float = doc(
+        600.0,
+        "verdicts still missing so many seconds after the last completion ended are not waited "
+        "for: their rows do not train (`lost`)",
+    )
     gold_format: str = doc(
         "{gold}", "a right completion, with {gold} for the answer; checked before the run starts"
     )
@@ -193,6 +208,10 @@ class AlgoConfig(Section):
     ref_every: int = doc(
         0, "steps after which the reference becomes the current policy; 0: it stays the initial one"
     )
+    ref_offload: bool = doc(
+        False,
+        "keep the reference (4 bytes a parameter) in the hosts' memory, except while it is asked",
+    )
     entropy_coef: float = doc(0.0, "weight of the entropy, which it raises")
     mask_truncated: bool = doc(
         False, "completions cut off at the limit neither train nor count in the denominator"
@@ -233,6 +252,10 @@ class OptimConfig(Section):
     eps: float = doc(1e-8, "added to the root of the variance")
     weight_decay: float = doc(0.0, "decoupled; not applied to norm scales")
     clip_norm: float = doc(1.0, "longest gradient, by global norm")
+    offload: bool = doc(
+        False,
+        "keep the moments (8 bytes a parameter) in the hosts' memory, but for the update itself",
+    )
 
 
 @dataclasses.dataclass
@@ -325,6 +348,21 @@ class MeshConfig(Section):
     fsdp: int = doc(-1, "ways parameters are split, gathered layer by layer")
     tensor: int = doc(1, "ways each matrix product is split")
     expert: int = doc(1, "ways the experts of a mixture are split; rows are split by it as well")
+    axis_types: str = doc(
+        "auto",
+        "explicit: how arrays lie is part of their types, and checked while tracing; auto: XLA "
+        "decides where nothing is said. The numbers are the same",
+    )
+
+
+@dataclasses.dataclass
+class HostsConfig(Section):
+    """Running on several hosts, or on one."""
+
+    watch_s: float = doc(
+        900.0,
+        "a process that does one thing for so many seconds says so, with what all others are doing",
+    )
 
 
 @dataclasses.dataclass
@@ -344,6 +382,7 @@ class Config(Section):
     gates: GatesConfig = doc(GatesConfig, "what stops a run")
     log: LogConfig = doc(LogConfig, "logs and checkpoints")
     mesh: MeshConfig = doc(MeshConfig, "the devices")
+    hosts: HostsConfig = doc(HostsConfig, "the processes")
 
 
 # ---- checks ----------------------------------------------------------------------------------
@@ -413,7 +452,8 @@ _POSITIVE = """
     algo.sapo_temperature_positive algo.sapo_temperature_negative algo.correction_cap
     algo.correction_low algo.correction_high algo.sequence_gap_max algo.pass_k
     sample.max_new_tokens sample.slots sample.tokens_per_dispatch data.max_prompt_tokens
-    reward.workers reward.deadline_s model.width model.mlp_width model.num_layers
+    reward.workers reward.deadline_s reward.wait_s hosts.watch_s
+    model.width model.mlp_width model.num_layers
     model.num_heads model.num_kv_heads model.logprob_chunk optim.eps optim.clip_norm
     gates.max_bad_updates gates.max_gap_nats_mean gates.max_gap_nats_max gates.max_sampler_kl_nats
     gates.degenerate_steps gates.still_steps gates.max_param_change gates.max_kl_old_nats
@@ -466,11 +506,25 @@ def validate(config: Config) -> None:
     for weight, function in reward.functions:
         _need(math.isfinite(weight), f"the weight of {describe(function)} is {weight}")
     _need(config.data.train is not None, "data.train is not set: there is nothing to ask")
+    axis_types = ("explicit", "auto")
+    _need(
+        config.mesh.axis_types in axis_types,
+        f"mesh.axis_types is {config.mesh.axis_types!r}; choose from {axis_types}",
+    )
     choices = ("constant", "linear", "cosine")
     _need(optim.decay in choices, f"optim.decay is {optim.decay!r}; choose from {choices}")
     _need(
         config.model.remat in REMAT_CHOICES,
         f"model.remat is {config.model.remat!r}; choose from {REMAT_CHOICES}",
+    )
+    _need(
+        config.model.attention in ATTENTION_CHOICES,
+        f"model.attention is {config.model.attention!r}; choose from {ATTENTION_CHOICES}",
+    )
+    choices = ("default", "on", "off")
+    _need(
+        config.model.thinking in choices,
+        f"model.thinking is {config.model.thinking!r}; choose from {choices}",
     )
     dtypes = ("float32", "bfloat16")
     _need(
@@ -545,6 +599,10 @@ def _validate_algorithm(config: Config) -> None:
     _need(
         algo.kl_coef > 0 or not algo.ref_every,
         f"algo.ref_every is set, but algo.kl_coef is {algo.kl_coef}: there is no reference",
+    )
+    _need(
+        algo.kl_coef > 0 or not algo.ref_offload,
+        f"algo.ref_offload is set, but algo.kl_coef is {algo.kl_coef}: there is no reference",
     )
     if algo.oversample:
         _validate_oversample(algo)

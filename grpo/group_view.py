@@ -100,33 +100,9 @@ def show_group(
     Raises:
       ValueError: a prompt that does not fit, or one that the model's chat template refuses.
     """
-    key = jax.random.key(speaker.seed)
     tokenizer, prompt = speaker.tokenizer, encode_prompt(speaker.tokenizer, problem)
-    engine, scores = speaker.engine(len(prompt)), None
-    if asked.rewards:
-        config = RewardConfig(functions=asked.rewards, workers=1, deadline_s=asked.deadline_s)
-        with Scorer(config) as scorer:
-            rollout, scores, _ = sample_and_score(
-                engine,
-                scorer,
-                speaker.weights,
-                [problem],
-                group_size,
-                key,
-                temperature=speaker.temperature,
-                filters=speaker.filters,
-            )
-        completions = rollout.completions
-    else:
-        request = Request(prompt, stream(problem), group_size)
-        sampled = engine.run(
-            speaker.weights,
-            [request],
-            key,
-            temperature=speaker.temperature,
-            filters=speaker.filters,
-        )
-        completions = sorted(sampled, key=lambda completion: completion.sample)
+    sample = _judged if asked.rewards else _unjudged
+    completions, scores = sample(speaker, asked, problem, group_size)
     prompt_text = tokenizer.decode(prompt, skip_special=False)
     write(f"--- prompt, {len(prompt)} tokens\n{prompt_text}")
     for completion in completions:
@@ -138,6 +114,38 @@ def show_group(
     write("---")
     for line in table(completions, scores):
         write(line)
+
+
+def _judged(
+    speaker: Speaker, asked: Asking, problem: Problem, group_size: int
+) -> tuple[list[Completion], Scores]:
+    config = RewardConfig(functions=asked.rewards, workers=1, deadline_s=asked.deadline_s)
+    with Scorer(config) as scorer:
+        rollout, scores, _ = sample_and_score(
+            speaker.engine(len(encode_prompt(speaker.tokenizer, problem))),
+            scorer,
+            speaker.weights,
+            [problem],
+            group_size,
+            jax.random.key(speaker.seed),
+            temperature=speaker.temperature,
+            filters=speaker.filters,
+        )
+    return rollout.completions, scores
+
+
+def _unjudged(
+    speaker: Speaker, asked: Asking, problem: Problem, group_size: int
+) -> tuple[list[Completion], None]:
+    prompt = encode_prompt(speaker.tokenizer, problem)
+    completions = speaker.engine(len(prompt)).run(
+        speaker.weights,
+        [Request(prompt, stream(problem), group_size)],
+        jax.random.key(speaker.seed),
+        temperature=speaker.temperature,
+        filters=speaker.filters,
+    )
+    return sorted(completions, key=lambda completion: completion.sample), None
 
 
 def table(completions: Sequence[Completion], scores: Scores | None) -> list[str]:

@@ -1,7 +1,9 @@
 """Memory of the host, which on a CPU is where all arrays are. On Linux with glibc; else no-ops."""
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
@@ -20,6 +22,15 @@ def return_large_blocks() -> None:
 def return_free_pages() -> None:
     """Gives back what is free now; after compiling for SmolLM2-135M that is 0.3 GiB."""
     _glibc("malloc_trim", 0)
+
+
+def resident_gib() -> dict[str, float]:
+    """What this process holds now, as a metric; empty where the system does not tell."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return {}
+    pages = int(status.read_text().split()[1])
+    return {"memory/host_gib": pages * os.sysconf("SC_PAGE_SIZE") / 2**30}
 
 
 def _glibc(name: str, *arguments: Any) -> None:

@@ -4,6 +4,10 @@ Any field of the configuration can be set: `--config.algo.group_size=16`; `pytho
 lists them all. `--preset=dapo` puts a published algorithm (grpo/presets.py) in place of the
 experiment's; fields set on the command line win over it. The same command goes on with a run that
 was stopped.
+
+Several processes run the same command, each on its own: on every worker of a TPU pod slice, by
+`srun` or by `mpirun`, nothing need be said. Elsewhere `--coordinator_address=HOST:PORT` (of process
+0), `--num_processes` and `--process_id` say it. All must reach the same `--workdir`.
 """
 
 import importlib.util
@@ -17,25 +21,57 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
-from grpo import presets
+from grpo import hosts, presets
 from grpo.config import Config, unknown_field
 from grpo.gates import GateError
 from grpo.host_memory import return_large_blocks
 from grpo.scoring import RewardFailure
 
 # What a user can mend; anything else is a bug of ours and keeps its traceback.
-_EXPECTED = (ValueError, TypeError, OSError, RewardFailure, GateError, FloatingPointError)
+_EXPECTED = (
+    ValueError,
+    TypeError,
+    OSError,
+    RewardFailure,
+    GateError,
+    FloatingPointError,
+    hosts.HostError,
+)
 
 
 def main(command: Callable[..., Any]) -> None:
-    """Parses flags and calls `command(config, workdir, baseline=baseline)`.
+    """Parses flags and calls `command(config, workdir, baseline=baseline)`, as `with_config` does.
+
+    The flags also say which process of several this is.
+    """
+    workdir = flags.DEFINE_string(
+        "workdir", None, "folder of this run, or gs://BUCKET/FOLDER", required=True
+    )
+    coordinator = flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0, where nothing else tells of others"
+    )
+    num_processes = flags.DEFINE_integer("num_processes", None, "of this run")
+    process_id = flags.DEFINE_integer("process_id", None, "of this process, from 0")
+
+    def run(config: Config, baseline: Config | None) -> None:
+        hosts.start(coordinator.value, num_processes.value, process_id.value)
+        place = workdir.value if "://" in workdir.value else Path(workdir.value)
+        try:
+            command(config, place, baseline=baseline)
+        finally:
+            hosts.finish()
+
+    with_config(run)
+
+
+def with_config(use: Callable[[Config, Config | None], None]) -> None:
+    """Parses flags and calls `use(config, baseline)`.
 
     The baseline is the experiment, with the preset if one is named, before any field was set.
     """
     config_flag = config_flags.DEFINE_config_file("config", None, "experiment file")
     flags.FLAGS["config"].parser = experiment = _Experiment()
     flags.mark_flag_as_required("config")
-    workdir = flags.DEFINE_string("workdir", None, "folder of this run", required=True)
     preset = flags.DEFINE_enum("preset", None, presets.names(), "algorithm of a paper")
 
     def parse(argv: list[str]) -> list[str]:
@@ -60,7 +96,7 @@ def main(command: Callable[..., Any]) -> None:
             overrides = config_flags.get_override_values(flags.FLAGS["config"])
             apply_preset(preset.value, config, baseline, overrides)
         try:
-            command(config, Path(workdir.value), baseline=baseline)
+            use(config, baseline)
         except _EXPECTED as error:
             if verbose:
                 raise

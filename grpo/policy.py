@@ -9,12 +9,13 @@ import jax
 from jax.sharding import Mesh
 
 from grpo.config import Config, ModelConfig
-from grpo.data.tokenizer import Tokenizer, load_tokenizer
+from grpo.data.tokenizer import Tokenizer, load_tokenizer, with_thinking
 from grpo.model.arch import Arch
+from grpo.model.attention import chosen_attention
 from grpo.model.decoder import to_decode
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params, decode_table, init_params, param_table
-from grpo.sharding import DECODE_RULES, make_mesh, param_shardings
+from grpo.sharding import DECODE_RULES, make_mesh, param_shardings, propagated, specs_of
 from grpo.source import new_arch, open_source
 from grpo.structs import Batch
 
@@ -47,10 +48,12 @@ class Policy:
 def make_policy(config: Config) -> Policy:
     """Reads what the model is and lays it out; weights are read only by `initial_params`."""
     sizes = config.mesh
-    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.expert)
+    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.axis_types, expert=sizes.expert)
     if config.model.source:
         source = open_source(config.model.source)
         arch, tokenizer, read = source.arch, source.tokenizer, source.read
+        if config.model.thinking != "default":
+            tokenizer = with_thinking(tokenizer, config.model.thinking == "on")
     else:
         tokenizer = load_tokenizer("bytes")
         arch, read = new_arch(config.model, tokenizer.vocab_size), None
@@ -87,12 +90,15 @@ def lay_out(
       read: reads weights, given their shardings; None draws random ones.
     """
     shardings = param_shardings(param_table(arch), mesh)
+    decode_form = param_shardings(decode_table(arch), mesh, DECODE_RULES)
+    platform = mesh.devices.flat[0].platform
+    attention_by = chosen_attention(model.attention, platform, arch, model.compute_dtype)
 
     def initial_params() -> Params:
         if read is not None:
             return read(shardings)
-        make = jax.jit(partial(init_params, arch), out_shardings=shardings)
-        return make(jax.random.key(seed))
+        make = propagated(partial(init_params, arch), specs_of(shardings))
+        return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
 
     return Policy(
         arch=arch,
@@ -101,8 +107,10 @@ def lay_out(
         shardings=shardings,
         initial_params=initial_params,
         for_decoding=jax.jit(
-            partial(to_decode, arch=arch, dtype=model.compute_dtype),
-            out_shardings=param_shardings(decode_table(arch), mesh, DECODE_RULES),
+            propagated(
+                partial(to_decode, arch=arch, dtype=model.compute_dtype), specs_of(decode_form)
+            ),
+            out_shardings=decode_form,
         ),
         logprobs=partial(
             _logprobs,
@@ -111,6 +119,7 @@ def lay_out(
             dtype=model.compute_dtype,
             remat=model.remat,
             chunk=model.logprob_chunk,
+            attention_by=attention_by,
         ),
     )
 

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from grpo import fetch
 from grpo.checkpoint import read_params, saved_steps
 from grpo.config import ModelConfig
-from grpo.data.tokenizer import Tokenizer, load_tokenizer
+from grpo.data.tokenizer import Tokenizer, load_tokenizer, with_thinking
 from grpo.model.arch import Arch
 from grpo.model.families import arch_from_hf
 from grpo.model.params import Params, ParamSpec, param_table
-from grpo.model.weights import load_weights, read_arch
+from grpo.model.weights import StoredArray, load_weights, read_arch
 from grpo.sharding import make_mesh, param_shardings
 
 
@@ -176,12 +176,29 @@ def _open_workdir(workdir: Path, step: int | None, base: str) -> Source:
             f"the run in {workdir} began with model.source={model.source!r}, whose shape and "
             f"tokenizer are needed (say where it is now with --base): {error}"
         ) from error
-    return dataclasses.replace(origin, workdir=workdir, step=step)
+    tokenizer = origin.tokenizer
+    if model.thinking != "default":  # ask as the run asked
+        tokenizer = with_thinking(tokenizer, model.thinking == "on")
+    return dataclasses.replace(origin, tokenizer=tokenizer, workdir=workdir, step=step)
 
 
-def _put(shardings: dict[str, Any], path: str, spec: ParamSpec, array: np.ndarray) -> jax.Array:
-    """One array of the table ("layers/q") to its devices."""
+def _put(
+    shardings: dict[str, Any], path: str, spec: ParamSpec, array: StoredArray | np.ndarray
+) -> jax.Array:
+    """One array of the table ("layers/q") to its devices, shard by shard.
+
+    Only the shards of this host's devices are read, each once, and one at a time is held.
+    """
     sharding: Any = shardings
     for name in path.split("/"):
         sharding = sharding[name]
-    return jax.device_put(array, sharding)
+    where: dict[Any, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(array.shape).items():
+        bounds = tuple(axis.indices(n)[:2] for axis, n in zip(index, array.shape, strict=True))
+        where.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, devices in where.items():
+        values = array[tuple(slice(*ends) for ends in bounds)]
+        shards += [jax.device_put(values, device) for device in devices]
+        jax.block_until_ready(shards)  # so that `values` can go before the next are read
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)

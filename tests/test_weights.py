@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from toy_model import ARCH as TOY
+from toy_model import ToyTokenizer, mesh_of
 
+from grpo.config import ModelConfig
 from grpo.model.arch import Arch
 from grpo.model.families import arch_from_hf
 from grpo.model.families_gguf import arch_from_gguf
 from grpo.model.params import map_table, param_table
-from grpo.model.weights import half_split_rows, load_weights, read_arch
+from grpo.model.weights import StoredArray, half_split_rows, load_weights, read_arch
+from grpo.policy import lay_out
+from grpo.source import Source
+from tools import parity, tiny_models
 
 # Every width differs from every other, so a swapped axis cannot go unseen.
 ARCH = Arch(
@@ -160,6 +168,56 @@ def test_put_makes_each_leaf(tmp_path):
     assert params["layers"]["q"] == "layers/q" and params["embed"] == "embed"
     assert all(shape == got and dtype == np.float32 for shape, got, dtype in seen.values())
     assert len(seen) == 12
+
+
+def test_a_part_is_that_part_of_the_whole(tmp_path):
+    """Of every array, by every axis; of a safetensors folder and of GGUF."""
+    folder = write_folder(tmp_path / "folder", hf_tensors())
+    quantised = write_gguf(tmp_path / "tiny.gguf", GGUF_ARCH, hf_tensors(GGUF_ARCH))
+    for source, arch in ((folder, ARCH), (quantised, GGUF_ARCH)):
+
+        def compare(path, spec, array):
+            whole = np.asarray(array)
+            assert whole.shape == spec.shape and whole.flags.c_contiguous
+            for axis, size in enumerate(spec.shape):
+                for part in (slice(0, size // 2), slice(size // 2, size), slice(1, size)):
+                    at = tuple(part if i == axis else slice(None) for i in range(len(spec.shape)))
+                    np.testing.assert_array_equal(array[at], whole[at], err_msg=f"{path} {at}")
+            middle = tuple(slice(n // 3, n // 3 + 1) for n in spec.shape)
+            np.testing.assert_array_equal(array[middle], whole[middle])
+
+        load_weights(source, arch, compare)
+
+
+@pytest.mark.parametrize("axis_types", ["explicit", "auto"])
+def test_a_host_reads_shard_by_shard(tmp_path, monkeypatch, axis_types):
+    """What lands is what is stored, and nothing larger than a device's part is ever read."""
+    tensors = hf_tensors(TOY)
+    folder = write_folder(tmp_path, tensors)
+    mesh = mesh_of(data=2, fsdp=2, tensor=2, axis_types=axis_types)
+    read = Source(TOY, ToyTokenizer(), folder).read
+    policy = lay_out(TOY, ToyTokenizer(), mesh, ModelConfig(), temperature=1.0, read=read)
+    reads, whole = [], StoredArray.__getitem__
+
+    def counted(self, index):
+        reads.append((whole(self, index).nbytes, self.shape))
+        return whole(self, index)
+
+    monkeypatch.setattr(StoredArray, "__getitem__", counted)
+    params = policy.initial_params()
+    for nbytes, shape in reads:
+        ways = 1 if shape[-1] == TOY.width and len(shape) < 3 and shape[0] != 32 else 4
+        assert nbytes == 4 * math.prod(shape) // ways, shape
+    # Each part once, though two devices keep it.
+    assert sum(nbytes for nbytes, _ in reads) == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(params)
+    )
+    monkeypatch.undo()
+    jax.tree.map(np.testing.assert_array_equal, params, load_weights(folder, TOY))
+    for leaf, sharding in zip(
+        jax.tree.leaves(params), jax.tree.leaves(policy.shardings), strict=True
+    ):
+        assert leaf.sharding == sharding
 
 
 @pytest.mark.parametrize(
@@ -334,6 +392,71 @@ def test_gguf_equals_the_folder_it_was_made_from(tmp_path, tied):
     got = load_weights(path, arch)
     folder = write_folder(tmp_path / "folder", tensors)
     jax.tree.map(np.testing.assert_array_equal, got, load_weights(folder, arch))
+
+
+_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_FOUR_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_LOCAL = {"rope_type": "default", "rope_theta": 10.0}
+_ALL_SLIDE: dict[str, Any] = {
+    "layer_types": ["sliding_attention"] * 2,
+    "query_pre_attn_scalar": 6,
+    "rope_parameters": {"sliding_attention": _LOCAL, "full_attention": _LOCAL},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "parts"),
+    [
+        ("qwen2", {}, {}),
+        ("qwen3", {}, _NORMS),
+        ("gemma3", _ALL_SLIDE, _NORMS | _FOUR_NORMS),
+    ],
+)
+def test_gguf_of_other_families_equals_the_folder(tmp_path, family, change, parts):
+    """Biases, more norms, Gemma's scales with 1 added; rows stay in their rotary order."""
+    stored = parity.MODELS[family]
+    config, shapes = stored["config"] | change, stored["shapes"]
+    folder = tiny_models.write_folder(tmp_path / "folder", config, shapes)
+    arch = read_arch(folder)
+
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", family)
+    writer.add_context_length(arch.max_positions)
+    writer.add_embedding_length(arch.width)
+    writer.add_block_count(arch.num_layers)
+    writer.add_feed_forward_length(arch.mlp_width)
+    writer.add_head_count(arch.num_heads)
+    writer.add_head_count_kv(arch.num_kv_heads)
+    writer.add_key_length(arch.head_width)
+    writer.add_value_length(arch.head_width)
+    writer.add_rope_freq_base(arch.rope_theta)
+    writer.add_layer_norm_rms_eps(arch.norm_eps)
+    if arch.window is not None:
+        writer.add_sliding_window(arch.window)
+        writer.add_float32("gemma3.rope.freq_base_swa", 10.0)
+    names = {hf: theirs for theirs, hf in (GGUF_PARTS | parts).items()}
+    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for key, value in tiny_models.weights(shapes, family == "gemma3").items():
+        module, _, kind = key.rpartition(".")
+        if module in outer:
+            module = outer[module]
+        else:
+            layer, _, part = module.removeprefix("model.layers.").partition(".")
+            module = f"blk.{layer}.{names[part]}"
+        added = np.float32(family == "gemma3" and module.endswith("norm"))
+        writer.add_tensor(f"{module}.{kind}", value + added)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    assert read_arch(tmp_path / "tiny.gguf") == arch
+    got = load_weights(tmp_path / "tiny.gguf", arch)
+    near = partial(np.testing.assert_allclose, rtol=0, atol=2e-7)  # 1 was added, and taken away
+    jax.tree.map(near, got, load_weights(folder, arch))
 
 
 def test_quantised_values_alone_are_rounded_to_bfloat16(tmp_path):

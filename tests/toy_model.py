@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from grpo.batch import TOKEN_VALUES, RowShape, Sample, pack
 from grpo.model.arch import Arch
@@ -18,7 +18,7 @@ from grpo.model.decoder import to_decode
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params, ParamSpec, map_table, param_table
 from grpo.policy import Policy
-from grpo.sharding import MESH_AXES, param_shardings
+from grpo.sharding import AXIS_TYPES, MESH_AXES, param_shardings
 from grpo.structs import Batch
 
 ARCH = Arch(
@@ -54,11 +54,13 @@ def toy_params(arch: Arch = ARCH) -> Params:
     return jax.tree.map(jnp.array, _drawn(arch))
 
 
-def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1) -> Mesh:
+def mesh_of(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, axis_types: str = "auto", expert: int = 1
+) -> Mesh:
     """A mesh over the first data x fsdp x tensor x expert of the fake devices."""
     sizes = (data, fsdp, tensor, expert)
-    devices = jax.devices()[: math.prod(sizes)]
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    devices, types = jax.devices()[: math.prod(sizes)], (AXIS_TYPES[axis_types],) * 4
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class ToyTokenizer:
     bos_id: int | None = None
     adds_bos: bool = False
     chat_template: str | None = None
-    template_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]

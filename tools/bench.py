@@ -87,7 +87,7 @@ class IdTokenizer:
     bos_id: int | None = None
     adds_bos: bool = False
     chat_template: str | None = None
-    template_tokens: Any = dataclasses.field(default_factory=dict)
+    template_variables: Any = dataclasses.field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]

@@ -28,7 +28,8 @@ class Tokenizer(Protocol):
       bos_id: the token that opens a text, if there is one.
       adds_bos: whether this model expects every text to begin with `bos_id`.
       chat_template: Jinja source that renders messages, or None for a base model.
-      template_tokens: special tokens by the names a chat template uses ("bos_token", ...).
+      template_variables: what a chat template is told besides the messages: special tokens by
+        their names ("bos_token", ...) and switches ("enable_thinking").
     """
 
     @property
@@ -50,7 +51,7 @@ class Tokenizer(Protocol):
     def chat_template(self) -> str | None: ...
 
     @property
-    def template_tokens(self) -> Mapping[str, str]: ...
+    def template_variables(self) -> Mapping[str, Any]: ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added. A special token spelled out in it becomes its id."""
@@ -73,7 +74,7 @@ class ByteTokenizer:
     bos_id: int | None = None
     adds_bos: bool = False
     chat_template: str | None = None
-    template_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         # A lone surrogate, as JSON's "\ud800" gives, has no UTF-8 form: it becomes "?".
@@ -105,7 +106,7 @@ class HfTokenizer:
     bos_id: int | None = None
     adds_bos: bool = False
     chat_template: str | None = None
-    template_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         return list(self.core.encode(text, add_special_tokens=False).ids)
@@ -174,7 +175,7 @@ def tokenizer_from_folder(folder: Path) -> HfTokenizer:
         bos_id=bos_id,
         adds_bos=bos_id is not None and _adds_bos(core, config, bos_id),
         chat_template=_chat_template(folder, config),
-        template_tokens=names,
+        template_variables=names,
     )
 
 
@@ -220,8 +221,24 @@ def tokenizer_from_gguf(path: Path) -> Tokenizer:
         bos_id=ids["bos"],
         adds_bos=bool(fields.get("tokenizer.ggml.add_bos_token", False)),
         chat_template=fields.get("tokenizer.chat_template"),
-        template_tokens={f"{k}_token": tokens[i] for k, i in ids.items() if i is not None},
+        template_variables={f"{k}_token": tokens[i] for k, i in ids.items() if i is not None},
     )
+
+
+def with_thinking(tokenizer: Tokenizer, on: bool) -> Tokenizer:
+    """The same tokenizer, its chat template told to ask for a chain of thought or for none.
+
+    Raises:
+      ValueError: the template has no such switch.
+    """
+    if "enable_thinking" not in (tokenizer.chat_template or ""):
+        raise ValueError(
+            "the chat template of this model has no enable_thinking to switch: leave "
+            "model.thinking at its default"
+        )
+    assert isinstance(tokenizer, HfTokenizer)  # nothing else has a template of its own
+    told = {**tokenizer.template_variables, "enable_thinking": on}
+    return dataclasses.replace(tokenizer, template_variables=told)
 
 
 def _bpe(

@@ -100,7 +100,7 @@ def add_to_gguf(
     writer.add_pad_token_id(tokenizer.pad_id)
     if tokenizer.bos_id is not None:
         writer.add_bos_token_id(tokenizer.bos_id)
-    unknown = tokenizer.template_tokens.get("unk_token")
+    unknown = tokenizer.template_variables.get("unk_token")
     if unknown in tokens:
         writer.add_unk_token_id(tokens.index(unknown))
     writer.add_add_bos_token(tokenizer.adds_bos)
@@ -111,7 +111,8 @@ def add_to_gguf(
 def _core(tokenizer: Tokenizer) -> tuple["tokenizers.Tokenizer", dict[str, str]]:
     """The tokenizer as `tokenizers` has it, and its special tokens by name."""
     if isinstance(tokenizer, HfTokenizer):
-        return tokenizer.core, dict(tokenizer.template_tokens)
+        told = tokenizer.template_variables  # and switches, which are no tokens
+        return tokenizer.core, {name: v for name, v in told.items() if isinstance(v, str)}
     if isinstance(tokenizer, ByteTokenizer):
         return byte_core(), {"pad_token": "<pad>", "eos_token": "<eos>"}
     raise TypeError(f"cannot write a tokenizer of type {type(tokenizer).__name__}")

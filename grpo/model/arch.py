@@ -10,6 +10,7 @@ REMAT_CHOICES = (
     "attn",
     "products",
 )  # what the backward pass recomputes; see decoder.py
+ATTENTION_CHOICES = ("auto", "xla", "cudnn", "splash")  # of the trainer; see attention.py
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 

@@ -26,13 +26,17 @@ from grpo.model.attention import (
     tree_attention,
     within,
 )
-from grpo.model.params import Params
+from grpo.model.embedding import embed_tokens
+from grpo.model.params import Params, ParamSpec, param_table
 from grpo.model.rope import Yarn, frequencies
 from grpo.model.stack import scan_layers
-from grpo.sharding import DECODE_RULES, shard
+from grpo.sharding import DECODE_RULES, propagated, shard, spec
 
 _PRODUCTS = ("q", "k", "v", "attn_out", "residual", "gate", "up")  # named in `block`
 REMAT_POLICIES: dict[str, Any] = {
+    # Weights gathered over `fsdp` are gathered again in the backward pass, whatever else is kept:
+    # kept, they would be the whole model on every device.
+    "none": jax.checkpoint_policies.save_anything_except_these_names("weights"),
     "full": jax.checkpoint_policies.nothing_saveable,
     "attn": jax.checkpoint_policies.save_only_these_names("attn_out"),
     "products": jax.checkpoint_policies.save_only_these_names(*_PRODUCTS),
@@ -219,7 +223,10 @@ def in_dtype(weights: Params, dtype: Any) -> Params:
 
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, arch: Arch) -> jax.Array:
     """What the first layer reads, in the table's dtype."""
-    x_BTD = table_VD[tokens_BT]
+    return _scaled(table_VD[tokens_BT], arch)
+
+
+def _scaled(x_BTD: jax.Array, arch: Arch) -> jax.Array:
     return x_BTD if arch.embed_scale == 1 else x_BTD * jnp.asarray(arch.embed_scale, x_BTD.dtype)
 
 
@@ -229,6 +236,20 @@ def head(params: Params) -> jax.Array:
 
 
 # ---- train form ------------------------------------------------------------------------------
+
+
+def _gathered(weights: Params, table: Params, dtype: str) -> Params:
+    """One layer's weights in `dtype`, whole but for the axes of products: what FSDP gathers.
+
+    Cast first, so that half as many bytes travel.
+    """
+
+    def gather(spec: ParamSpec, weight: jax.Array) -> jax.Array:
+        whole = shard(weight, *spec.axes[1:], rules=DECODE_RULES)
+        return checkpoint_name(whole, "weights")
+
+    weights = in_dtype(weights, dtype)
+    return jax.tree.map(gather, table, weights, is_leaf=lambda x: isinstance(x, ParamSpec))
 
 
 def hidden_states(
@@ -242,6 +263,7 @@ def hidden_states(
     *,
     dtype: str,
     remat: str,
+    attention_by: str = "xla",
 ) -> jax.Array:
     """Final, normed hidden states [R, T, D] of packed rows (see `grpo.structs.Batch`).
 
@@ -257,32 +279,55 @@ def hidden_states(
       dtype: what the blocks compute in; parameters are cast layer by layer.
       remat: which activations the backward pass recomputes: "none" of them, "full": all,
         "attn": all but the attention outputs, "products": all but the matrix products.
+      attention_by: see `grpo.model.attention.tree_attention`.
     """
 
-    def one(x_RTD: jax.Array, weights: Params, own: dict[str, Any], shared: Any) -> jax.Array:
+    def inside(
+        weights: Params,
+        x_RTD: jax.Array,
+        own: dict[str, Any],
+        positions_RT: jax.Array,
+        groups_RT: jax.Array,
+        branches_RT: jax.Array,
+        *,
+        shared: dict[str, Any],
+    ) -> jax.Array:
         own = dict(own)
         chosen_RTk = own.pop("chosen", None)
         layer = Layer(**shared, **own)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             mixed = tree_attention(
-                q, k, v, groups_RT, branches_RT, positions_RT, layer.window, arch.score_cap
+                q,
+                k,
+                v,
+                groups_RT,
+                branches_RT,
+                positions_RT,
+                layer.window,
+                arch.score_cap,
+                implementation=attention_by,
             )
             return checkpoint_name(mixed, "attn_out"), None
 
-        x_RTD = shard(x_RTD, "batch", None, None)
         return block(weights, x_RTD, positions_RT, arch, layer, attend, chosen_RTk)[0]
 
     def through(x_RTD: jax.Array, stack: str, layers: list[Layer]) -> jax.Array:
         shared, own = _scannable(layers)
         if routes_RTLk is not None and stack == "layers":
             own["chosen"] = jnp.moveaxis(routes_RTLk, 2, 0)
-        step: Any = functools.partial(one, shared=shared)
-        if remat != "none":
-            step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
-        return scan_layers(step, x_RTD, params[stack], own)
+        compute = propagated(functools.partial(inside, shared=shared), rows)
 
-    x_RTD = shard(embed(params["embed"].astype(dtype), tokens_RT, arch), "batch", None, None)
+        def one(x_RTD: jax.Array, weights: Params, own: dict[str, Any]) -> jax.Array:
+            weights = _gathered(weights, table[stack], dtype)
+            x_RTD = shard(x_RTD, "batch", None, None)
+            return compute(weights, x_RTD, own, positions_RT, groups_RT, branches_RT)
+
+        one = jax.checkpoint(one, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        return scan_layers(one, x_RTD, params[stack], own)
+
+    table, rows = param_table(arch), spec(("batch", None, None))
+    x_RTD = _scaled(embed_tokens(params["embed"], tokens_RT, dtype), arch)
     layers, dense = layers_of(arch), arch.first_dense
     if dense:
         x_RTD = through(x_RTD, "dense_layers", layers[:dense])

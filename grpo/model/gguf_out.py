@@ -10,11 +10,24 @@ import numpy as np
 
 from grpo.model import families_gguf
 from grpo.model.arch import Arch
-from grpo.model.families_out import add_gguf_fields
+from grpo.model.families_out import gguf_fields
 from grpo.model.params import Params
-from grpo.model.weights_out import interleaved_rows, rounded, stored_tensors, stored_values
+from grpo.model.weights_out import (
+    StoredTensor,
+    interleaved_rows,
+    rounded,
+    stored_tensors,
+    stored_values,
+)
 
 GGUF_DTYPES = ("float16", "q8_0", "bfloat16", "float32")
+_GGML_TYPES = {"float16": "F16", "q8_0": "Q8_0", "bfloat16": "BF16", "float32": "F32"}
+_FILE_TYPES = {
+    "float16": "MOSTLY_F16",
+    "q8_0": "MOSTLY_Q8_0",
+    "bfloat16": "MOSTLY_BF16",
+    "float32": "ALL_F32",
+}
 _BLOCK = 32  # values that share a scale in Q8_0
 
 
@@ -40,61 +53,60 @@ def write_gguf(
       add_tokenizer: adds the tokenizer's metadata to the `gguf.GGUFWriter` it is given.
 
     Raises:
-      ValueError: a shape that GGUF's Llama cannot express, or a value too large for `dtype`.
+      ValueError: a shape that `gguf_fields` cannot express, or a value too large for `dtype`.
     """
     import gguf
 
-    kinds = {
-        "float16": gguf.GGMLQuantizationType.F16,
-        "q8_0": gguf.GGMLQuantizationType.Q8_0,
-        "bfloat16": gguf.GGMLQuantizationType.BF16,
-        "float32": gguf.GGMLQuantizationType.F32,
-    }
-    file_types = {
-        "float16": gguf.LlamaFileType.MOSTLY_F16,
-        "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-        "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
-        "float32": gguf.LlamaFileType.ALL_F32,
-    }
     tensors = stored_tensors(arch, families_gguf.GGUF_LLAMA_NAMES)
-    heads = {"layers/q": arch.num_heads, "layers/k": arch.num_kv_heads}
+    family, fields = gguf_fields(arch)
     writes = jax.process_index() == 0
-    # Metadata comes first in the file, and says how large each tensor is: so all is told before
-    # the first tensor is fetched, and no more than one is held.
-    writer = gguf.GGUFWriter(path if writes else None, "llama")
+    writer = gguf.GGUFWriter(path if writes else None, family)
     writer.add_name(name)
-    writer.add_file_type(file_types[dtype])
+    writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[dtype]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_gguf_fields(writer, arch)
+    for field, value in fields.items():
+        if isinstance(value, float):
+            writer.add_float32(field, value)
+        else:
+            writer.add_uint32(field, value)
     add_tokenizer(writer)
-    stored = {tensor.name: _kind_of(tensor.shape, dtype) for tensor in tensors}
+    # All shapes come before the first values, so that no more than one tensor is ever held.
     for tensor in tensors:
-        kind = kinds[stored[tensor.name]]
+        kind = _ggml_type(_dtype_of(tensor, dtype))
         block, size = gguf.GGML_QUANT_SIZES[kind]
         nbytes = math.prod(tensor.shape) // block * size
-        values_dtype = np.dtype(np.float32)  # the shape is in values, not in bytes
-        writer.add_tensor_info(tensor.name, tensor.shape, values_dtype, nbytes, raw_dtype=kind)
+        in_values = np.dtype(np.float32)  # what the shape counts, rather than bytes
+        writer.add_tensor_info(tensor.name, tensor.shape, in_values, nbytes, raw_dtype=kind)
     if writes:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+    heads = {"layers/q": arch.num_heads, "layers/k": arch.num_kv_heads}
     for tensor, values in zip(tensors, stored_values(params, tensors), strict=True):
-        if tensor.path in heads:
+        if tensor.path in heads and families_gguf.rotates_neighbours(family):
             values = interleaved_rows(values, heads[tensor.path])
         if writes:
-            chosen = stored[tensor.name]
-            packed = chosen == "q8_0"
-            writer.write_tensor_data(
-                gguf.quantize(values, kinds[chosen])
-                if packed
-                else rounded(values, chosen, tensor.name)
-            )
+            writer.write_tensor_data(_packed(values, _dtype_of(tensor, dtype), tensor.name))
     writer.close()
 
 
-def _kind_of(shape: tuple[int, ...], dtype: str) -> str:
-    if len(shape) == 1:
+def _dtype_of(tensor: StoredTensor, dtype: str) -> str:
+    if len(tensor.shape) == 1:
         return "float32"
-    if dtype == "q8_0" and shape[-1] % _BLOCK:
+    if dtype == "q8_0" and tensor.shape[-1] % _BLOCK:
         return "float16"
     return dtype
+
+
+def _ggml_type(dtype: str) -> Any:
+    import gguf
+
+    return getattr(gguf.GGMLQuantizationType, _GGML_TYPES[dtype])
+
+
+def _packed(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    import gguf
+
+    if dtype == "q8_0":
+        return gguf.quantize(values, _ggml_type(dtype))
+    return rounded(values, dtype, name)

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from grpo.model import families
 from grpo.model.arch import Arch
 from grpo.model.params import Params, ParamSpec
-from grpo.model.weights import INPUT_AXES, flat_table
+from grpo.model.weights import INPUT_AXES, flat_table, their_names
 from grpo.sharding import replicated
 
 DTYPES = {
@@ -36,13 +36,13 @@ class StoredTensor:
     Attributes:
       name: theirs.
       path: of ours, such as "layers/q".
-      layer: which layer of ours it is; None: ours is not stacked.
+      place: which layer of ours it is, and which expert; (): ours is not stacked.
       shape: [outputs, inputs] for a matrix.
     """
 
     name: str
     path: str
-    layer: int | None
+    place: tuple[int, ...]
     shape: tuple[int, ...]
 
 
@@ -51,25 +51,24 @@ def stored_tensors(arch: Arch, names: Mapping[str, str]) -> list[StoredTensor]:
 
     Args:
       arch: shape of the model.
-      names: our path -> their name, with {layer}.
+      names: our path -> their name, with {layer} and {expert}.
     """
-    table = dict(flat_table(arch))
-    stacked = {path: spec for path, spec in table.items() if path.startswith("layers/")}
-    whole = {path: spec for path, spec in table.items() if path not in stacked}
 
-    def tensor(path: str, spec: ParamSpec, layer: int | None) -> StoredTensor:
-        shape = spec.shape if layer is None else spec.shape[1:]
-        name = names[path] if layer is None else names[path].format(layer=layer)
-        return StoredTensor(name, path, layer, _stored_shape(path, shape))
+    def tensors(path: str, spec: ParamSpec) -> list[StoredTensor]:
+        return [
+            StoredTensor(name, path, place, _stored_shape(path, spec.shape[len(place) :]))
+            for place, name in their_names(names, arch.first_dense, path, spec)
+        ]
 
-    layers = [
-        tensor(path, spec, layer)
-        for layer in range(arch.num_layers)
-        for path, spec in stacked.items()
-    ]
-    others = {path: tensor(path, spec, None) for path, spec in whole.items()}
-    first = others.pop("embed")
-    return [first, *layers, *others.values()]
+    def order(tensor: StoredTensor) -> tuple[bool, int]:
+        """Layers in between, one after the other; within one as the table has it."""
+        first = arch.first_dense if tensor.path.startswith("layers/") else 0
+        if tensor.place:
+            return True, first + tensor.place[0]
+        return tensor.path != "embed", arch.num_layers
+
+    found = [tensor for path, spec in flat_table(arch) for tensor in tensors(path, spec)]
+    return sorted(found, key=order)
 
 
 def stored_values(params: Params, tensors: list[StoredTensor]) -> Iterator[np.ndarray]:
@@ -81,10 +80,10 @@ def stored_values(params: Params, tensors: list[StoredTensor]) -> Iterator[np.nd
         leaf: Any = params
         for name in tensor.path.split("/"):
             leaf = leaf[name]
-        values = _gathered(leaf, tensor.layer)
+        values = _gathered(leaf, tensor.place)
         inputs = INPUT_AXES.get(tensor.path.rpartition("/")[2])
         if inputs is not None:
-            values = values.reshape(math.prod(values.shape[:inputs]), -1).T
+            values = values.reshape(math.prod(values.shape[:inputs]), -1).T.reshape(tensor.shape)
         yield np.ascontiguousarray(values)
 
 
@@ -105,7 +104,7 @@ def write_safetensors(
     Raises:
       ValueError: a value is too large for `dtype`, or not finite.
     """
-    tensors = stored_tensors(arch, families.HF_LLAMA_NAMES)
+    tensors = stored_tensors(arch, families.hf_names(arch))
     shards = _shards(tensors, DTYPES[dtype].itemsize, max_shard_bytes)
     files = [
         "model.safetensors"
@@ -169,7 +168,8 @@ def _stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     inputs = INPUT_AXES.get(path.rpartition("/")[2])
     if inputs is None:
         return shape
-    return (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+    outputs = (math.prod(shape[inputs:]),)
+    return (*outputs, math.prod(shape[:inputs])) if inputs else outputs
 
 
 def _shards(tensors: list[StoredTensor], itemsize: int, max_bytes: int) -> list[list[StoredTensor]]:
@@ -186,17 +186,19 @@ def _shards(tensors: list[StoredTensor], itemsize: int, max_bytes: int) -> list[
     return shards
 
 
-def _gathered(leaf: jax.Array, layer: int | None) -> np.ndarray:
+def _gathered(leaf: jax.Array, place: tuple[int, ...]) -> np.ndarray:
     """An array, or one layer of it, whole on this host, in float32."""
-    picked = leaf if layer is None else _layer(leaf, layer)
+    picked = _picked(leaf, place) if place else leaf
     if not picked.is_fully_addressable:
         picked = _everywhere(picked)
     return np.asarray(picked, np.float32)
 
 
 @jax.jit
-def _layer(stacked: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+def _picked(stacked: jax.Array, place: tuple[int, ...]) -> jax.Array:
+    for number in place:
+        stacked = jax.lax.dynamic_index_in_dim(stacked, number, keepdims=False)
+    return stacked
 
 
 def _everywhere(x: jax.Array) -> jax.Array:
