@@ -102,7 +102,18 @@ def rollout_metrics(
         "rollout/idle_share": stats.idle_s / max(stats.seconds, 1e-9),
         "time/sample_s": sampled - started,
         "time/score_s": scored - sampled,
-    }
+    } | expert_load(rollout.completions)
+
+
+def expert_load(completions: Sequence[Completion]) -> dict[str, float]:
+    """`experts/busiest_share`: of a layer's tokens, each counted once for every expert it went to,
+    those of the expert with most; in the most uneven layer. 1 / E is even, 1 / k one set for all."""
+    routes = [c.routes for c in completions if c.routes is not None]
+    if not routes:
+        return {}
+    routes_nLk = np.concatenate(routes)
+    busiest = [np.bincount(layer_nk.ravel()).max() for layer_nk in routes_nLk.swapaxes(0, 1)]
+    return {"experts/busiest_share": float(max(busiest)) / routes_nLk[:, 0].size}
 
 
 def readable_rows(

@@ -20,8 +20,10 @@ from grpo.model.decoder import cache_table, empty_cache, to_decode
 from grpo.model.families import arch_from_hf
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import active_params, decode_table, num_params
+from grpo.rollout import expert_load
 from grpo.sharding import DECODE_RULES, param_shardings
 from grpo.source import new_arch
+from grpo.structs import Completion
 
 SOFTMAX = Experts(count=4, per_token=2, width=8)
 SIGMOID = Experts(
@@ -221,6 +223,17 @@ def test_a_new_model_takes_the_shape_of_a_config_json():
     ]:
         with pytest.raises(ValueError, match=message):
             new_arch(ModelConfig(shape=shape), 259)
+
+
+def test_the_load_is_that_of_the_busiest_expert_of_the_most_uneven_layer():
+    def completion(routes: Any) -> Completion:
+        given = None if routes is None else np.array(routes, np.int16)
+        return Completion(0, 0, (1,), np.zeros(1), "eos", routes=given)
+
+    even, uneven = [[0, 1], [2, 3]], [[3, 0], [3, 1]]  # tokens by choices
+    by_layer = [np.stack([even, uneven], axis=1), np.stack([even, uneven], axis=1)]
+    assert expert_load([completion(r) for r in by_layer]) == {"experts/busiest_share": 0.5}
+    assert expert_load([completion(None)]) == {}
 
 
 # ---- the sampler's routes --------------------------------------------------------------------
