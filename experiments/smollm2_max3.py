@@ -5,6 +5,9 @@ Source: GRPO (arXiv:2402.03300) with DAPO's token-level loss and higher upper cl
 Command:
   python -m grpo.fetch smollm2-135m-instruct
   python -m grpo.launch --config=experiments/smollm2_max3.py --workdir=runs/smollm2_max3
+  The same with adapters in place of all weights (LoRA):
+  python -m grpo.launch --config=experiments/smollm2_max3.py --workdir=runs/smollm2_max3_lora \
+    --config.lora.rank=16 --config.optim.learning_rate=1e-4
 Hardware: two CPU cores, 8 GiB; any GPU or TPU.
 
 The pretrained model knows digits and chat, but copies one of the three numbers more or less at

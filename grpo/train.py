@@ -93,7 +93,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
             if state.ref_params is not None and (step + 1) % algo.ref_every == 0:
                 state = state.replace(ref_params=jax.tree.map(jnp.copy, state.params))
 
-            metrics |= report
+            metrics |= report | run.policy.change(state.params)
             metrics["optim/bad_updates"] = int(state.bad_updates)
             metrics["time/update_s"] = time.monotonic() - updating
             metrics["time/step_s"] = time.monotonic() - started

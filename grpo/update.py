@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from grpo.config import OptimConfig
 from grpo.loss import Maxima, Means
-from grpo.model.params import Params, ParamSpec, map_table, param_table
+from grpo.model.params import Params, ParamSpec, map_table
 from grpo.policy import Logprobs, Policy
 from grpo.sharding import replicated
 from grpo.structs import Batch, Totals, TrainState
@@ -57,7 +57,7 @@ def make_optimizer(
 
 def decayed_params(policy: Policy) -> dict[str, Any]:
     """True for matrices, False for norm scales."""
-    return map_table(lambda spec: spec.fan_in > 0, param_table(policy.arch))
+    return map_table(lambda spec: spec.fan_in > 0, policy.table)
 
 
 def init_state(
@@ -89,7 +89,7 @@ def abstract_params(policy: Policy) -> Params:
     """Shapes and shardings of the parameters, without the parameters."""
     return jax.tree.map(
         lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=sharding),
-        param_table(policy.arch),
+        policy.table,
         policy.shardings,
         is_leaf=lambda x: isinstance(x, ParamSpec),
     )
@@ -137,16 +137,22 @@ class Sums(struct.PyTreeNode):
 
 
 def microbatch_sums(
-    params: Params, batch: Batch, totals: Totals, *, logprobs: Logprobs, objective: Objective
+    params: Params,
+    base: Params,
+    batch: Batch,
+    totals: Totals,
+    *,
+    logprobs: Logprobs,
+    objective: Objective,
 ) -> Sums:
-    """Loss, metrics and gradients of one microbatch.
+    """Loss, metrics and gradients of one microbatch; `base` (`grpo.policy`) gets no gradient.
 
     Its loss is divided by the counts of the whole minibatch beforehand, so the sum over
     microbatches is the loss: a mean of microbatch means would not be.
     """
 
     def loss(params: Params) -> tuple[jax.Array, tuple[Means, Maxima]]:
-        logprobs_RC, entropy_RC = logprobs(params, batch)
+        logprobs_RC, entropy_RC = logprobs(params, base, batch)
         value, means, maxima = objective(logprobs_RC, entropy_RC, batch, totals)
         return value, (means, maxima)
 
@@ -154,9 +160,11 @@ def microbatch_sums(
     return Sums(loss=value, means=means, maxima=maxima, grads=grads)
 
 
-def add_sums(sums: Sums, params: Params, batch: Batch, totals: Totals, **parts: Any) -> Sums:
+def add_sums(
+    sums: Sums, params: Params, base: Params, batch: Batch, totals: Totals, **parts: Any
+) -> Sums:
     """`sums` and those of one more microbatch."""
-    new = microbatch_sums(params, batch, totals, **parts)
+    new = microbatch_sums(params, base, batch, totals, **parts)
     maxima = jax.tree.map(jnp.maximum, sums.maxima, new.maxima)
     return jax.tree.map(jnp.add, sums, new).replace(maxima=maxima)
 
@@ -188,6 +196,7 @@ class Update:
         state = _shardings(like)
         everywhere = replicated(policy.mesh)
         sums = Sums(loss=everywhere, means=everywhere, maxima=everywhere, grads=state.params)
+        self._base = policy.base
         parts: Any = {"logprobs": policy.logprobs, "objective": objective}
         self._first = jax.jit(partial(microbatch_sums, **parts), out_shardings=sums)
         self._more = jax.jit(partial(add_sums, **parts), out_shardings=sums, donate_argnums=0)
@@ -209,16 +218,17 @@ class Update:
 
         A rollout decides how many there are; none of the later ones then waits for a compiler.
         """
-        nothing = Totals(np.float32(1), np.float32(1))
-        sums = self._first(params, empty, nothing)
-        jax.block_until_ready(self._more(sums, params, empty, nothing))
+        base, nothing = self._base(), Totals(np.float32(1), np.float32(1))
+        sums = self._first(params, base, empty, nothing)
+        jax.block_until_ready(self._more(sums, params, base, empty, nothing))
 
     def sums(self, params: Params, microbatches: Sequence[Batch], totals: Totals) -> Sums:
         """Loss, metrics and gradients of a minibatch."""
+        base = self._base()
         totals = Totals(*(np.float32(max(count, 1)) for count in totals))
-        sums = self._first(params, microbatches[0], totals)
+        sums = self._first(params, base, microbatches[0], totals)
         for batch in microbatches[1:]:
-            sums = self._more(sums, params, batch, totals)
+            sums = self._more(sums, params, base, batch, totals)
         return sums
 
     def num_compiled(self) -> int:
@@ -258,9 +268,10 @@ def _apply(
 
 
 def make_logprobs(policy: Policy) -> Callable[[Params, Batch], jax.Array]:
-    """Jitted log-probs [R, C] of a microbatch."""
+    """(params, microbatch) -> log-probs [R, C], jitted."""
 
-    def run(params: Params, batch: Batch) -> jax.Array:
-        return policy.logprobs(params, batch)[0]
+    def run(params: Params, base: Params, batch: Batch) -> jax.Array:
+        return policy.logprobs(params, base, batch)[0]
 
-    return jax.jit(run, out_shardings=replicated(policy.mesh))
+    compiled = jax.jit(run, out_shardings=replicated(policy.mesh))
+    return lambda params, batch: compiled(params, policy.base(), batch)

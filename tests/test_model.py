@@ -23,7 +23,6 @@ from grpo.model.decoder import (
     empty_cache,
     head,
     hidden_states,
-    linear,
     prefill,
     rotary,
     shared_prefix_attention,
@@ -31,6 +30,7 @@ from grpo.model.decoder import (
     tree_attention,
     tree_mask,
 )
+from grpo.model.linear import linear
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params, init_params, map_table, num_params, param_table
 from grpo.model.weights import load_weights, read_arch

@@ -7,7 +7,7 @@ differ only in the `attend` they hand to it.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from grpo.model.arch import Arch
+from grpo.model.linear import in_dtype, project
 from grpo.model.params import Params
+from grpo.model.quantise import Quantised, dequantise, quantise
 from grpo.sharding import DECODE_RULES, shard
 
 _PRODUCTS = ("q", "k", "v", "attn_out", "residual", "gate", "up")  # named in `block`
@@ -25,7 +27,9 @@ REMAT_POLICIES: dict[str, Any] = {
     "products": jax.checkpoint_policies.save_only_these_names(*_PRODUCTS),
 }
 
-KV = tuple[jax.Array, jax.Array]  # keys and values, each [B, S, K, H]
+KV = tuple[jax.Array, jax.Array]  # keys and values, each [B, K, S, H]
+Stored = jax.Array | Quantised  # as a cache keeps either
+Cache = tuple[Stored, Stored]  # of one layer
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -46,39 +50,6 @@ def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
-@jax.custom_vjp
-def linear(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
-    """x @ weight.
-
-    The gradient of the weight is written so that XLA on a CPU, which wants the left side of this
-    product turned around, turns the narrower of the two: left to itself it reads the wide one, with
-    all that made it, column by column (245 GFLOP/s instead of 311 for the forward and backward
-    pass of SmolLM2's MLP).
-    """
-    return jnp.einsum("btd,df->btf", x_BTD, weight_DF)
-
-
-def _linear_forward(
-    x_BTD: jax.Array, weight_DF: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return linear(x_BTD, weight_DF), (x_BTD, weight_DF)
-
-
-def _linear_backward(
-    kept: tuple[jax.Array, jax.Array], d_out_BTF: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x_BTD, weight_DF = kept
-    both = ((0, 1), (0, 1)), ((), ())
-    if x_BTD.shape[-1] > d_out_BTF.shape[-1]:
-        d_weight_DF = jax.lax.dot_general(d_out_BTF, x_BTD, both).T
-    else:
-        d_weight_DF = jax.lax.dot_general(x_BTD, d_out_BTF, both)
-    return jnp.einsum("btf,df->btd", d_out_BTF, weight_DF), d_weight_DF
-
-
-linear.defvjp(_linear_forward, _linear_backward)
-
-
 def attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
@@ -96,12 +67,11 @@ def block(
     `attend(q, k, v)` gets this layer's projections, rotated, and returns the mixed values and
     whatever the caller wants to keep (the updated cache).
     """
-    w = jax.tree.map(lambda a: a.astype(x_BTD.dtype), weights)
+    w = in_dtype(weights, x_BTD.dtype)
     B, T, _ = x_BTD.shape
 
     def heads(h_BTD: jax.Array, name: str) -> jax.Array:
-        D, count, width = w[name].shape
-        product = linear(h_BTD, w[name].reshape(D, -1)).reshape(B, T, count, width)
+        product = project(h_BTD, w[name]).reshape(B, T, -1, arch.head_width)
         return checkpoint_name(product, name)
 
     h_BTD = rms_norm(x_BTD, w["attn_norm"], arch.norm_eps)
@@ -109,12 +79,12 @@ def block(
     k_BTKH = rotary(heads(h_BTD, "k"), positions_BT, arch.rope_theta)
     v_BTKH = heads(h_BTD, "v")
     mixed_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
-    mixed_BTD = linear(mixed_BTNH.reshape(B, T, -1), w["o"].reshape(-1, arch.width))
+    mixed_BTD = project(mixed_BTNH.reshape(B, T, -1), w["o"])
     x_BTD = checkpoint_name(x_BTD + mixed_BTD, "residual")
     h_BTD = rms_norm(x_BTD, w["mlp_norm"], arch.norm_eps)
-    gate_BTF = checkpoint_name(linear(h_BTD, w["gate"]), "gate")
-    up_BTF = checkpoint_name(linear(h_BTD, w["up"]), "up")
-    return x_BTD + linear(jax.nn.silu(gate_BTF) * up_BTF, w["down"]), kept
+    gate_BTF = checkpoint_name(project(h_BTD, w["gate"]), "gate")
+    up_BTF = checkpoint_name(project(h_BTD, w["up"]), "up")
+    return x_BTD + project(jax.nn.silu(gate_BTF) * up_BTF, w["down"]), kept
 
 
 def head(params: Params) -> jax.Array:
@@ -205,7 +175,7 @@ def to_decode(params: Params, arch: Arch, dtype: str) -> Params:
     Run under `jit` with the decode shardings; the one place where parameters change dtype or
     layout for the sampler.
     """
-    cast = jax.tree.map(lambda a: a.astype(dtype), params)
+    cast = in_dtype(params, dtype)
     stacked = cast["layers"]
     cast["layers"] = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(arch.num_layers)]
     return cast
@@ -215,17 +185,36 @@ def _shard_kv(x_BKSH: jax.Array) -> jax.Array:
     return shard(x_BKSH, "batch", "kv_heads", None, None, rules=DECODE_RULES)
 
 
-def empty_cache(arch: Arch, rows: int, length: int, dtype: str) -> list[KV]:
+def empty_cache(arch: Arch, rows: int, length: int, dtype: str) -> list[Cache]:
     """Keys and values of nothing yet: per layer two arrays [rows, K, length, H].
 
     Heads come before positions, as the matrix products of decoding want them: the other order
-    makes XLA on a CPU turn the whole cache around at every token.
+    makes XLA on a CPU turn the whole cache around at every token. A `dtype` of "int8" keeps a
+    scale for each head of each token besides.
     """
     shape = (rows, arch.num_kv_heads, length, arch.head_width)
-    return [
-        (_shard_kv(jnp.zeros(shape, dtype)), _shard_kv(jnp.zeros(shape, dtype)))
-        for _ in range(arch.num_layers)
-    ]
+
+    def nothing() -> Stored:
+        if dtype == "int8":
+            return jax.tree.map(_shard_kv, in_int8(jnp.zeros(shape)))
+        return _shard_kv(jnp.zeros(shape, dtype))
+
+    return [(nothing(), nothing()) for _ in range(arch.num_layers)]
+
+
+def in_int8(x_BKSH: jax.Array) -> Quantised:
+    """Keys or values in 8 bits, each head of each token with a scale."""
+    return quantise(x_BKSH, -1, x_BKSH.shape[-1])
+
+
+def stored_like(cache: Stored, new: jax.Array) -> Stored:
+    """`new` keys or values as the cache they go into stores them."""
+    return in_int8(new) if isinstance(cache, Quantised) else new.astype(cache.dtype)
+
+
+def _read(cache: Cache, dtype: Any) -> KV:
+    k, v = (dequantise(x, dtype) if isinstance(x, Quantised) else x for x in cache)
+    return k, v
 
 
 def prefill(weights: Params, arch: Arch, tokens_RQ: jax.Array) -> list[KV]:
@@ -308,12 +297,12 @@ def shared_prefix_attention(
 def decode_step(
     weights: Params,
     arch: Arch,
-    prompts: list[KV],
+    prompts: Sequence[Cache],
     prompt_len_P: jax.Array,
-    cache: list[KV],
+    cache: Sequence[Cache],
     tokens_BT: jax.Array,
     written_B: jax.Array,
-) -> tuple[jax.Array, list[KV]]:
+) -> tuple[jax.Array, list[Cache]]:
     """Logits [B, T, V] of what follows each token, and the cache with their keys and values.
 
     Args:
@@ -326,23 +315,26 @@ def decode_step(
       written_B: tokens already in each row of the cache; these go behind them.
     """
     B, T = tokens_BT.shape
-    length = cache[0][0].shape[2]
+    length = jax.tree.leaves(cache[0])[0].shape[2]
     slot_BT = written_B[:, None] + jnp.arange(T)
     visible_BTS = jnp.arange(length) <= slot_BT[..., None]
     position_BT = jnp.repeat(prompt_len_P, B // len(prompt_len_P))[:, None] + slot_BT
     rows_B1 = jnp.arange(B)[:, None]
 
-    def put(cache_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+    def put(cache_BKSH: Stored, new_BTKH: jax.Array) -> Stored:
         # Indices around a slice put its axis last: [B, T, K, H], as the new ones are.
-        return cache_BKSH.at[rows_B1, :, slot_BT].set(
-            new_BTKH.astype(cache_BKSH.dtype), mode="drop", unique_indices=True
+        return jax.tree.map(
+            lambda a, new: a.at[rows_B1, :, slot_BT].set(new, mode="drop", unique_indices=True),
+            cache_BKSH,
+            stored_like(cache_BKSH, new_BTKH),
         )
 
     def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, *, prompt: KV, own: KV
-    ) -> tuple[jax.Array, KV]:
+        q: jax.Array, k: jax.Array, v: jax.Array, *, prompt: Cache, own: Cache
+    ) -> tuple[jax.Array, Cache]:
         own = put(own[0], k), put(own[1], v)
-        return shared_prefix_attention(q, prompt, prompt_len_P, own, visible_BTS), own
+        prompt_kv, own_kv = _read(prompt, q.dtype), _read(own, q.dtype)
+        return shared_prefix_attention(q, prompt_kv, prompt_len_P, own_kv, visible_BTS), own
 
     x_BTD, written = weights["embed"][tokens_BT], []
     for layer, prompt, own in zip(weights["layers"], prompts, cache, strict=True):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from grpo.model import families
 from grpo.model.arch import Arch
-from grpo.model.params import Params, ParamSpec, param_table
+from grpo.model.params import INPUT_AXES, Params, ParamSpec, param_table
 
 # What becomes of a finished array: (path such as "layers/q", its spec, float32 values) -> leaf.
 Put = Callable[[str, ParamSpec, np.ndarray], Any]
@@ -26,7 +26,7 @@ Put = Callable[[str, ParamSpec, np.ndarray], Any]
 # Both formats store a matrix as [outputs, inputs] and flatten heads. So a stored matrix is ours
 # with its first `n` axes (the inputs) flattened, the rest (the outputs) flattened, transposed.
 # Arrays not listed are stored as we keep them.
-_INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
+_INPUT_AXES = {**INPUT_AXES, "head": 1}
 
 
 def read_arch(source: Path) -> Arch:
