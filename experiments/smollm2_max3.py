@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct learns to say which of three numbers is the largest.
+r"""SmolLM2-135M-Instruct learns to say which of three numbers is the largest.
 
 Source: GRPO (arXiv:2402.03300) with DAPO's token-level loss and higher upper clip
   (arXiv:2503.14476); the model: arXiv:2502.02737.

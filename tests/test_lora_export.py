@@ -30,7 +30,7 @@ def test_names_and_layout_are_those_of_peft(tmp_path):
     adapters = trained(("q", "o", "down"))
     write_peft(tmp_path / "adapter", adapters, ALPHA, "some/model")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert config["target_modules"] == ["q_proj", "o_proj", "down_proj"]
+    assert config["target_modules"] == ["down_proj", "o_proj", "q_proj"]
     assert (config["r"], config["lora_alpha"]) == (RANK, ALPHA)
     assert config["base_model_name_or_path"] == "some/model"
     tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")

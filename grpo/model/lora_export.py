@@ -39,7 +39,7 @@ def write_peft(folder: Path, adapters: Mapping[str, Any], alpha: float, base: st
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": modules,
+        "target_modules": sorted(modules),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
