@@ -258,5 +258,15 @@ def minibatches(
 
 
 def to_device(batch: Batch, mesh: Mesh) -> Batch:
-    """A microbatch [R, ...] on the mesh, rows split over its batch axes."""
-    return jax.device_put(batch, batch_sharding(mesh))
+    """A microbatch [R, ...] on the mesh, rows split over its batch axes.
+
+    Every process has the whole microbatch, and the same.
+    """
+    rows = batch_sharding(mesh)
+
+    # Each process puts what its devices hold. `device_put` of a whole array would first compare it
+    # with that of every other process, one collective an array.
+    def put(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, rows, lambda index: array[index])
+
+    return jax.tree.map(put, batch)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo import loss
+from grpo import hosts, loss, runinfo
 from grpo.batch import pack, row_shape, to_device
 from grpo.carry import extra_groups, nothing
 from grpo.config import Config, bind, check_all_read, track_reads, validate
@@ -38,6 +38,8 @@ from grpo.update import (
     make_logprobs,
     make_optimizer,
 )
+from grpo.watchdog import Watchdog
+from grpo.workdir import Workdir, open_workdir
 from rewards.api import Problem
 
 
@@ -54,6 +56,8 @@ class Run:
       empty_batch: a microbatch of padding, on the mesh.
       needs_every_row: completions of zero advantage still have a gradient (KL or entropy).
       logprobs: (params, microbatch) -> log-probs [R, C], jitted.
+      watchdog: is told what the run does.
+      folder: `workdir`, and where checkpoints go.
     """
 
     config: Config
@@ -72,6 +76,8 @@ class Run:
     empty_batch: Batch
     needs_every_row: bool
     logprobs: Callable[[Params, Batch], jax.Array]
+    watchdog: Watchdog
+    folder: Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +94,17 @@ class _Subset:
         return self.source[self.indices[i]]
 
 
-def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> Run:
-    """All parts of a run, the mesh and the reward workers entered into `stack`.
+def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Config) -> Run:
+    """All parts of a run; the mesh, the watchdog and the reward workers are entered into `stack`.
 
     Raises:
       ValueError, TypeError: the configuration cannot work; nothing has been compiled yet.
+      HostError: the processes of the run are not about to do the same.
     """
+    folder = open_workdir(workdir)
     validate(config)
+    watchdog = stack.enter_context(Watchdog(config.hosts.watch_s))
+    runinfo.check_same(config, workdir)
     track_reads(config)
     _keep_programs()
     policy = make_policy(config)
@@ -114,7 +124,7 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
     )
     schedule = make_schedule(config, shape)
     rate = learning_rate(optim, optim.learning_rate, optim.warmup_updates, schedule.updates)
-    print(schedule.describe(rate), flush=True)
+    hosts.say(schedule.describe(rate))
     optimizer = make_optimizer(optim, rate, decayed_params(policy))
     assert config.data.train is not None  # validate() saw to it
     check = config.data.check_reference
@@ -156,11 +166,11 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
         draft_tokens=sample.draft_tokens,
         goes_on=extra > 0,
     )
-    scorer = stack.enter_context(Scorer(config.reward))
+    scorer = stack.enter_context(Scorer(config.reward, watchdog.waits_for))
     sft = None
     if config.sft.num_steps:
         source = config.sft.source or config.data.train
-        sft = SftStage(config, policy, source, workdir / "sft")
+        sft = SftStage(config, policy, source, folder)
     renewed = bool(algo.kl_coef and algo.ref_every)
     state_like = abstract_state(policy, optimizer, keep_reference=renewed)
 
@@ -170,7 +180,7 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
 
     run = Run(
         config=config,
-        workdir=workdir,
+        workdir=folder.path,
         policy=policy,
         schedule=schedule,
         problems=problems,
@@ -191,6 +201,8 @@ def build(config: Config, workdir: Path, stack: ExitStack, baseline: Config) -> 
         empty_batch=to_device(pack([], shape).microbatches[0], policy.mesh),
         needs_every_row=bool(algo.entropy_coef or (algo.kl_coef and not algo.kl_in_reward)),
         logprobs=make_logprobs(policy),
+        watchdog=watchdog,
+        folder=folder,
     )
     _read_what_the_loop_reads(config)
     check_all_read(config, baseline)
@@ -228,6 +240,7 @@ def _objective(config: Config, on_policy: bool) -> Objective:
 
 def _read_what_the_loop_reads(config: Config) -> None:
     """Touches the fields that the loop itself looks at, always, while it runs."""
+    _ = config.hosts.watch_s
     _ = config.log.save_every, config.log.keep_checkpoints, config.log.rollouts_every
     algo = config.algo
     _ = algo.passes, algo.mask_truncated, algo.kl_in_reward, algo.dynamic_rounds, algo.curriculum
@@ -250,10 +263,9 @@ def _evaluator(config: Config, policy: Policy, engine: Engine, scorer: Scorer) -
         engine, scorer, source, config.eval, config.sample.temperature, config.seed
     )
     if evaluator.temperature == 0 and evaluator.num_samples > 1:
-        print(
+        hosts.say(
             f"eval.temperature is 0: the {evaluator.num_samples} samples of a held-out problem "
-            "will be the same text; eval.num_samples=1 measures as much",
-            flush=True,
+            "will be the same text; eval.num_samples=1 measures as much"
         )
     return evaluator
 
@@ -267,7 +279,7 @@ def _usable(
 ) -> ProblemSource:
     """The problems whose prompts fit and whose references can be read; tells what was dropped."""
     indices, dropped = usable_indices(
-        tokenizer, source, max_prompt, lambda n, of: print(f"reading {name} problems {n}/{of}")
+        tokenizer, source, max_prompt, lambda n, of: hosts.say(f"reading {name} problems {n}/{of}")
     )
     notes = [f"{dropped} dropped, their prompts exceed {max_prompt} tokens"] if dropped else []
     if check_reference is not None:
@@ -282,5 +294,5 @@ def _usable(
             indices = [i for i in indices if faults[i] is None]
         if not indices:
             raise ValueError(f"none of the {name} problems is usable: {'; '.join(notes)}")
-    print("; ".join([f"{name} problems: {len(indices)}", *notes]), flush=True)
+    hosts.say("; ".join([f"{name} problems: {len(indices)}", *notes]))
     return _Subset(source, indices)

@@ -183,7 +183,7 @@ def first_complete(
         _request(group, prompt, stream(problem, group.late))
         for group, prompt, problem in zip(groups, prompts, problems, strict=True)
     ]
-    judged: dict[int, list[Future[list[Score]]]] = {}  # in the order in which groups end
+    judged: dict[int, list[Future[list[Score]] | None]] = {}  # in the order in which groups end
 
     def look_at(n: int) -> None:
         if groups[n].complete and len(judged) < wanted:

@@ -1,23 +1,40 @@
 """Checkpoints: Orbax behind the four calls a run needs."""
 
+import functools
 import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
+from grpo import hosts
 from grpo.structs import TrainState
+
+_GATHERED_BYTES = 2**28  # of an array that many processes share, at a time
 
 
 class Checkpoints:
-    """The saved states of a run, asynchronous and atomic, the newest few kept."""
+    """The saved states of a run, asynchronous and atomic, the newest few kept.
 
-    def __init__(self, folder: Path, keep: int):
+    Where there are several processes all of them make every call, each writes what it holds, and
+    the folder is one that all can reach. Use as a context manager.
+
+    Args:
+      folder: a `pathlib.Path` or, for a bucket, an `etils.epath.Path`.
+      keep: the newest so many are kept.
+    """
+
+    def __init__(self, folder: Any, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(
-            folder.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+            folder if "://" in str(folder) else folder.absolute(),
+            options=options,
+            item_handlers=ocp.StandardCheckpointHandler(),
         )
         self._folder = folder
 
@@ -27,7 +44,7 @@ class Checkpoints:
         Raises:
           ValueError: what is saved does not have this model's shapes.
         """
-        step = self._manager.latest_step()
+        step = hosts.from_main(self._manager.latest_step())
         if step is None:
             return None
         # Compared beforehand: a restore that Orbax gives up half-way leaves its readers hanging.
@@ -52,22 +69,103 @@ class Checkpoints:
         """Returns when everything started is on disk."""
         self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits, and lets go of the folder."""
-        self._manager.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Waits, and lets go of the folder: all processes together, so not behind an error."""
+        if error is None or jax.process_count() == 1:
+            self._manager.close()
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """After which steps there is a whole checkpoint in `folder`, in rising order."""
+    return sorted(ocp.utils.checkpoint_steps(folder.absolute())) if folder.is_dir() else []
+
+
+def read_params(folder: Path, step: int, shardings: Any) -> Any:
+    """The parameters alone of a saved state, straight to where `shardings` wants them.
+
+    Args:
+      folder: of the checkpoints.
+      step: one of `saved_steps(folder)`.
+      shardings: nested as the parameters are.
+
+    Raises:
+      ValueError: the saved parameters are not those of this tree.
+    """
+    options = ocp.CheckpointManagerOptions(create=False)
+    handlers = ocp.PyTreeCheckpointHandler()
+    with ocp.CheckpointManager(
+        folder.absolute(), options=options, item_handlers=handlers
+    ) as reader:
+        saved = reader.item_metadata(step).tree["params"]
+        names = {_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(saved)}
+        wanted = {_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(shardings)}
+        if names != wanted:
+            odd = min(names ^ wanted)
+            where = "is" if odd in names else "is not"
+            raise ValueError(
+                f"checkpoint {step} in {folder} is of another kind of model: {odd} {where} in it"
+            )
+        like = jax.tree.map(
+            lambda sharding, array: ocp.ArrayRestoreArgs(
+                sharding=sharding, global_shape=array.shape, dtype=array.dtype
+            ),
+            shardings,
+            saved,
+        )
+        restored = reader.restore(
+            step,
+            args=ocp.args.PyTreeRestore(
+                item={"params": saved}, restore_args={"params": like}, partial_restore=True
+            ),
+        )
+    return restored["params"]
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf by its path, whether the nodes are records, dicts or tuples."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+    return {_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def params_sha256(params: Any) -> str:
-    """Hex digest over names, shapes, dtypes and bytes: equal digests, bit-equal parameters."""
+    """Hex digest over names, shapes, dtypes and bytes: equal digests, bit-equal parameters.
+
+    Does not depend on how they are laid out over devices and processes. Where there are several
+    processes it is a collective, of some rows of an array at a time.
+    """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(jax.device_get(leaf))
-        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        for part in _parts(leaf):
+            digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()
+
+
+def _parts(leaf: Any) -> Iterator[np.ndarray]:
+    """The array, or blocks of its rows in order if this process does not have it all."""
+    if getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated:
+        yield np.asarray(leaf)
+        return
+    everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    rows = max(1, _GATHERED_BYTES * leaf.shape[0] // leaf.nbytes)
+    for start in range(0, leaf.shape[0], rows):
+        size = min(rows, leaf.shape[0] - start)
+        yield np.asarray(_block(size, everywhere)(leaf, start))
+
+
+@functools.cache
+def _block(size: int, everywhere: NamedSharding) -> Callable[[jax.Array, int], jax.Array]:
+    """(array, start) -> its rows from there, on every device."""
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size)
+    return jax.jit(take, out_shardings=everywhere)

@@ -60,8 +60,14 @@ class ModelConfig(Section):
 
     source: str = doc(
         "",
-        "weights: a Hugging Face folder, a .gguf file, or a name `python -m grpo.fetch` knows; "
-        "empty makes a new model over bytes, of the sizes below",
+        "weights: a Hugging Face folder, a .gguf file, the workdir of a run (its newest "
+        "checkpoint), or a name `python -m grpo.fetch` knows; empty makes a new model over bytes, "
+        "of the sizes below",
+    )
+    thinking: str = doc(
+        "default",
+        "on or off: told to chat templates that can ask for a chain of thought or for none "
+        "(Qwen 3, SmolLM 3); default: what the template does by itself",
     )
     width: int = doc(256, "new model: width of the residual stream")
     mlp_width: int = doc(1024, "new model: width of the MLP")
@@ -151,6 +157,11 @@ class RewardConfig(Section):
     )
     workers: int = doc(2, "processes that run the rewards")
     deadline_s: float = doc(2.0, "a reward that takes longer is killed and scores 0 (`timeout`)")
+    wait_s: float = doc(
+        600.0,
+        "verdicts still missing so many seconds after the last completion ended are not waited "
+        "for: their rows do not train (`lost`)",
+    )
     gold_format: str = doc(
         "{gold}", "a right completion, with {gold} for the answer; checked before the run starts"
     )
@@ -352,6 +363,16 @@ class MeshConfig(Section):
 
 
 @dataclasses.dataclass
+class HostsConfig(Section):
+    """Running on several hosts, or on one."""
+
+    watch_s: float = doc(
+        900.0,
+        "a process that does one thing for so many seconds says so, with what all others are doing",
+    )
+
+
+@dataclasses.dataclass
 class Config(Section):
     """A whole run."""
 
@@ -369,6 +390,7 @@ class Config(Section):
     gates: GatesConfig = doc(GatesConfig, "what stops a run")
     log: LogConfig = doc(LogConfig, "logs and checkpoints")
     mesh: MeshConfig = doc(MeshConfig, "the devices")
+    hosts: HostsConfig = doc(HostsConfig, "the processes")
 
 
 # ---- checks ----------------------------------------------------------------------------------
@@ -438,7 +460,8 @@ _POSITIVE = """
     algo.sapo_temperature_positive algo.sapo_temperature_negative algo.correction_cap
     algo.correction_low algo.correction_high algo.sequence_gap_max algo.pass_k
     sample.max_new_tokens sample.slots sample.tokens_per_dispatch data.max_prompt_tokens
-    reward.workers reward.deadline_s model.width model.mlp_width model.num_layers
+    reward.workers reward.deadline_s reward.wait_s hosts.watch_s
+    model.width model.mlp_width model.num_layers
     model.num_heads model.num_kv_heads model.logprob_chunk lora.alpha optim.eps optim.clip_norm
     gates.max_bad_updates gates.max_gap_nats_mean gates.max_gap_nats_max gates.max_sampler_kl_nats
     gates.degenerate_steps gates.still_steps gates.max_param_change gates.max_kl_old_nats
@@ -496,6 +519,11 @@ def validate(config: Config) -> None:
     _need(
         config.model.remat in REMAT_CHOICES,
         f"model.remat is {config.model.remat!r}; choose from {REMAT_CHOICES}",
+    )
+    choices = ("default", "on", "off")
+    _need(
+        config.model.thinking in choices,
+        f"model.thinking is {config.model.thinking!r}; choose from {choices}",
     )
     dtypes = {
         "model.compute_dtype": ("float32", "bfloat16"),

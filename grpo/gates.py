@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from grpo import hosts
 from grpo.config import GatesConfig
 from grpo.data.tokenizer import Tokenizer
 from grpo.metrics import JsonlWriter
@@ -434,9 +434,12 @@ class Watch:
 
     def __init__(self, bounds: GatesConfig, workdir: Path, writes: bool | None = None):
         self._bounds, self._folder = bounds, workdir / "gates"
-        self._writes = jax.process_index() == 0 if writes is None else writes
+        self._writes = hosts.is_main() if writes is None else writes
         remembered = max(bounds.degenerate_steps, bounds.still_steps)
-        past = _last_rows(workdir / "metrics.jsonl", remembered)
+        # Process 0 wrote the file, and cut it back just now.
+        past = hosts.from_main(
+            _last_rows(workdir / "metrics.jsonl", remembered) if hosts.is_main() else None
+        )
         self._rows: collections.deque[Metrics] = collections.deque(past, maxlen=remembered)
         self._step = -1
         self._alarms: list[Alarm] = []

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from grpo import hosts
 from grpo.config import EvalConfig
 from grpo.data.sources import ProblemSource
 from grpo.engine.engine import Engine
@@ -61,7 +62,7 @@ class Evaluator:
             temperature=self.temperature,
             filters=self.filters,
         )
-        if folder is not None:
+        if folder is not None and hosts.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"step_{step:06d}.jsonl"
             path.unlink(missing_ok=True)

@@ -4,6 +4,10 @@ Any field of the configuration can be set: `--config.algo.group_size=16`; `pytho
 lists them all. `--preset=dapo` puts a published algorithm (grpo/presets.py) in place of the
 experiment's; fields set on the command line win over it. The same command goes on with a run that
 was stopped.
+
+Several processes run the same command, each on its own: on every worker of a TPU pod slice, by
+`srun` or by `mpirun`, nothing need be said. Elsewhere `--coordinator_address=HOST:PORT` (of process
+0), `--num_processes` and `--process_id` say it. All must reach the same `--workdir`.
 """
 
 import importlib.util
@@ -17,13 +21,22 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
-from grpo import presets
+from grpo import hosts, presets
 from grpo.config import Config, unknown_field
 from grpo.gates import GateError
+from grpo.host_memory import return_large_blocks
 from grpo.scoring import RewardFailure
 
 # What a user can mend; anything else is a bug of ours and keeps its traceback.
-_EXPECTED = (ValueError, TypeError, OSError, RewardFailure, GateError, FloatingPointError)
+_EXPECTED = (
+    ValueError,
+    TypeError,
+    OSError,
+    RewardFailure,
+    GateError,
+    FloatingPointError,
+    hosts.HostError,
+)
 
 
 def main(command: Callable[..., Any]) -> None:
@@ -34,7 +47,14 @@ def main(command: Callable[..., Any]) -> None:
     config_flag = config_flags.DEFINE_config_file("config", None, "experiment file")
     flags.FLAGS["config"].parser = experiment = _Experiment()
     flags.mark_flag_as_required("config")
-    workdir = flags.DEFINE_string("workdir", None, "folder of this run", required=True)
+    workdir = flags.DEFINE_string(
+        "workdir", None, "folder of this run, or gs://BUCKET/FOLDER", required=True
+    )
+    coordinator = flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0, where nothing else tells of others"
+    )
+    num_processes = flags.DEFINE_integer("num_processes", None, "of this run")
+    process_id = flags.DEFINE_integer("process_id", None, "of this process, from 0")
     preset = flags.DEFINE_enum("preset", None, presets.names(), "algorithm of a paper")
 
     def parse(argv: list[str]) -> list[str]:
@@ -52,13 +72,19 @@ def main(command: Callable[..., Any]) -> None:
         verbose = flags.FLAGS.verbosity > 0
         if flags.FLAGS.verbosity == 0:  # what app.run makes of the default
             logging.set_verbosity(logging.WARNING)  # libraries tell every checkpoint's details
+        return_large_blocks()
         config, baseline = config_flag.value, experiment.baseline
         if preset.value is not None:
             assert baseline is not None  # --config is required
             overrides = config_flags.get_override_values(flags.FLAGS["config"])
             apply_preset(preset.value, config, baseline, overrides)
         try:
-            command(config, Path(workdir.value), baseline=baseline)
+            hosts.start(coordinator.value, num_processes.value, process_id.value)
+            place = workdir.value if "://" in workdir.value else Path(workdir.value)
+            try:
+                command(config, place, baseline=baseline)
+            finally:
+                hosts.finish()
         except _EXPECTED as error:
             if verbose:
                 raise

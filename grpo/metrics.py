@@ -19,6 +19,8 @@ from typing import Any, Self, TextIO
 import jax
 import numpy as np
 
+from grpo import hosts
+
 # ---- Files -------------------------------------------------------------------------------------
 
 
@@ -213,7 +215,7 @@ _PACE_OVER = 20  # steps: long enough to smooth, short enough to follow growing 
 
 
 class ConsoleTable:
-    """A line a step on the console, with the time that is left.
+    """A line a step on the console of process 0, with the time that is left.
 
     Args:
       columns: what to show after the step.
@@ -261,7 +263,8 @@ class ConsoleTable:
         return hours_minutes_seconds(seconds)
 
     def _print(self, cells: Sequence[str]) -> None:
-        print("  ".join(cells), file=self._stream or sys.stdout, flush=True)
+        if hosts.is_main():
+            print("  ".join(cells), file=self._stream or sys.stdout, flush=True)
 
 
 def hours_minutes_seconds(seconds: float) -> str:

@@ -9,12 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from grpo import fetch
 from grpo.config import Config, LoraConfig, ModelConfig
-from grpo.data.tokenizer import Tokenizer, load_tokenizer
+from grpo.data.tokenizer import Tokenizer, load_tokenizer, with_thinking
 from grpo.model.arch import Arch
 from grpo.model.decoder import to_decode
 from grpo.model.logprobs import completion_logprobs
@@ -37,10 +35,12 @@ from grpo.model.params import (
     param_table,
 )
 from grpo.model.quantise import int8_matrices, int8_table, stored, stored_as, stored_table
-from grpo.model.weights import load_weights, read_arch
+from grpo.model.stack import summed_after
 from grpo.sharding import DECODE_RULES, make_mesh, param_shardings, replicated
+from grpo.source import at_path, new_arch, open_source
 from grpo.structs import Batch
 
+Read = Callable[..., Params]
 Logprobs = Callable[[Params, Params, Batch], tuple[jax.Array, jax.Array]]
 _ADAPTERS = 0x6C6F7261  # keeps their random numbers apart from those of a new model's weights
 
@@ -85,12 +85,13 @@ def make_policy(config: Config) -> Policy:
     """Reads what the model is and lays it out; weights are read only by `initial_params`."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if config.model.source:
-        path = fetch.model_path(config.model.source)
-        arch, tokenizer = read_arch(path), load_tokenizer(path)
-        read = partial(load_weights, path, arch)
+        source = open_source(config.model.source)
+        arch, tokenizer, read = source.arch, source.tokenizer, source.read
+        if config.model.thinking != "default":
+            tokenizer = with_thinking(tokenizer, config.model.thinking == "on")
     else:
         tokenizer = load_tokenizer("bytes")
-        arch, read = _new_arch(config.model, tokenizer.vocab_size), None
+        arch, read = new_arch(config.model, tokenizer.vocab_size), None
     return lay_out(
         arch,
         tokenizer,
@@ -114,7 +115,7 @@ def lay_out(
     lora: LoraConfig | None = None,
     sampled: str = "compute",
     seed: int = 0,
-    read: Callable[[Any], Params] | None = None,
+    read: Read | None = None,
 ) -> Policy:
     """A policy of the given shape on a mesh.
 
@@ -127,7 +128,8 @@ def lay_out(
       lora: adapters; None or rank 0 trains all weights.
       sampled: "int8" quantises the matrices of the decode form.
       seed: of random weights.
-      read: reads weights, given what puts one array on the devices; None draws random ones.
+      read: reads weights, given their shardings and, if not the arrays themselves are wanted,
+        what becomes of each; None draws random ones.
 
     Raises:
       ValueError: the mesh does not divide the model, or a target of `lora` is none of its matrices.
@@ -229,24 +231,22 @@ def _on_base(
     *,
     scale: float,
 ) -> dict[str, Any]:
-    return adapted(params, matrices(base), scale)
+    return adapted({"layers": summed_after(params["layers"])}, matrices(base), scale)
 
 
 def _weights(
     arch: Arch,
     shardings: dict[str, Any],
     key: jax.Array,
-    read: Callable[[Any], Params] | None,
+    read: Read | None,
 ) -> Params:
     """All weights in float32: read, or drawn at random."""
     if read is not None:
-        return read(partial(_put, shardings))
+        return read(shardings)
     return jax.jit(partial(init_params, arch), out_shardings=shardings)(key)
 
 
-def _base(
-    arch: Arch, mesh: Mesh, dtype: str, seed: int, read: Callable[[Any], Params] | None
-) -> Params:
+def _base(arch: Arch, mesh: Mesh, dtype: str, seed: int, read: Read | None) -> Params:
     """The frozen weights; each is brought to `dtype` on the devices as soon as it is there."""
     table = param_table(arch)
     shardings = param_shardings(table, mesh)
@@ -255,11 +255,11 @@ def _base(
         draw = jax.jit(lambda key: stored(init_params(arch, key), dtype), out_shardings=kept)
         return draw(jax.random.key(seed))
 
-    def put(path: str, spec: ParamSpec, array: np.ndarray) -> Any:
-        store = partial(stored_as, path.rpartition("/")[2], dtype=dtype)
-        return jax.jit(store, out_shardings=_at(kept, path))(_put(shardings, path, spec, array))
+    def store(path: str, array: jax.Array) -> Any:
+        as_stored = partial(stored_as, path.rpartition("/")[2], dtype=dtype)
+        return jax.jit(as_stored, out_shardings=at_path(kept, path))(array)
 
-    return read(put)
+    return read(shardings, store)
 
 
 def _change(
@@ -273,31 +273,3 @@ def _change(
         return float(jax.jit(partial(base_norm, names=names), out_shardings=everywhere)(base()))
 
     return lambda params: {"lora/weight_change": float(added(params)) / frozen()}
-
-
-def _new_arch(model: ModelConfig, vocab_size: int) -> Arch:
-    if model.width % model.num_heads:
-        raise ValueError(
-            f"model.width ({model.width}) must be a multiple of model.num_heads "
-            f"({model.num_heads}): each head gets an equal share"
-        )
-    return Arch(
-        vocab_size=vocab_size,
-        width=model.width,
-        mlp_width=model.mlp_width,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_width=model.width // model.num_heads,
-    )
-
-
-def _put(shardings: dict[str, Any], path: str, spec: ParamSpec, array: np.ndarray) -> jax.Array:
-    """One array of the table ("layers/q") to its devices."""
-    return jax.device_put(array, _at(shardings, path))
-
-
-def _at(tree: Any, path: str) -> Any:
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 import jax
 import numpy as np
 
+from grpo import hosts
 from grpo.data.prompts import encode_prompt
 from grpo.data.tokenizer import Tokenizer
 from grpo.engine.engine import Engine, EngineStats, Request
@@ -43,7 +44,7 @@ def sample_and_score(
         Request(prompt, stream(problem), group_size)
         for prompt, problem in zip(prompts, problems, strict=True)
     ]
-    done: dict[tuple[int, int], tuple[Completion, Future[list[Score]]]] = {}
+    done: dict[tuple[int, int], tuple[Completion, Future[list[Score]] | None]] = {}
     for completion in engine.run(weights, requests, key, temperature=temperature, filters=filters):
         future = judge(scorer, tokenizer, completion, problems[completion.problem])
         done[completion.problem, completion.sample] = completion, future
@@ -70,10 +71,21 @@ def stream(problem: Problem, late: int = 0) -> int:
 
 def judge(
     scorer: Scorer, tokenizer: Tokenizer, completion: Completion, problem: Problem
-) -> "Future[list[Score]]":
-    """Starts judging what was written for `problem`."""
+) -> "Future[list[Score]] | None":
+    """Starts judging what was written for `problem`; None if another process does that.
+
+    An error is the future's: raised here it would leave the other processes waiting for the next
+    dispatch. `Scorer.collect` is where they hear of it.
+    """
+    if not hosts.owns(completion.problem):
+        return None
     facts = {"length_tokens": len(completion.tokens), "finish_reason": completion.finish}
-    return scorer.submit(tokenizer.decode(completion.tokens), problem, facts)
+    try:
+        return scorer.submit(tokenizer.decode(completion.tokens), problem, facts)
+    except Exception as error:
+        failed: Future[list[Score]] = Future()
+        failed.set_exception(error)
+        return failed
 
 
 def rollout_metrics(

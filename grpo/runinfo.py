@@ -11,14 +11,35 @@ from typing import Any
 import jax
 import numpy as np
 
+from grpo import hosts
 from grpo.config import Config, describe
 from grpo.structs import Batch
 
 _PACKAGES = ("grpo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 
 
+def check_same(config: Config, workdir: str | Path) -> None:
+    """Every process must be about to do the same. A collective.
+
+    Raises:
+      HostError: some process has another configuration, workdir, commit or package; names the
+        process and what differs.
+    """
+    ours = {"config": describe(config), "workdir": str(workdir), **_software()}
+    theirs = hosts.from_main(ours)
+    with hosts.together():
+        differing = list(_differences(theirs, json.loads(json.dumps(ours)), ""))
+        if differing:
+            raise ValueError("this process differs from process 0: " + "; ".join(differing))
+
+
 def write(config: Config, workdir: Path) -> None:
-    """config.json and environment.json; tells what changed if the workdir has a config already."""
+    """config.json and environment.json; tells what changed if the workdir has a config already.
+
+    Process 0 alone, as everything that is written but checkpoints.
+    """
+    if not hosts.is_main():
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     new, path = describe(config), workdir / "config.json"
     if path.exists():
@@ -26,22 +47,23 @@ def write(config: Config, workdir: Path) -> None:
         if changed:
             print("this run was configured differently before:\n  " + "\n  ".join(changed))
     path.write_text(json.dumps(new, indent=2) + "\n")
-    environment = {
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "commit": _commit(),
+    environment = _software() | {
         "devices": [str(device) for device in jax.devices()],
+        "processes": jax.process_count(),
     }
     (workdir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
 def write_result(workdir: Path, **result: Any) -> None:
-    """result.json, written when a run has ended well."""
-    (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    """result.json, written by process 0 when a run has ended well."""
+    if hosts.is_main():
+        (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def dump_batch(workdir: Path, step: int, microbatches: Sequence[Batch]) -> Path:
+def dump_batch(workdir: Path, step: int, microbatches: Sequence[Batch]) -> None:
     """Keeps the rows of an update that was not finite, for whoever looks for the reason."""
+    if not hosts.is_main():
+        return
     folder = workdir / "gates" / f"step_{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "batch.npz"
@@ -52,15 +74,22 @@ def dump_batch(workdir: Path, step: int, microbatches: Sequence[Batch]) -> Path:
     }
     np.savez_compressed(path, **arrays)
     print(f"step {step}: an update was not finite and was skipped; its batch is in {path}")
-    return path
 
 
 def _differences(old: Any, new: Any, path: str = "config") -> Any:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(name), new.get(name), f"{path}.{name}")
+            yield from _differences(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
     elif old != new:
         yield f"{path}: {old!r} -> {new!r}"
+
+
+def _software() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "commit": _commit(),
+    }
 
 
 def _version(package: str) -> str:

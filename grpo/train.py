@@ -12,11 +12,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from grpo import diagnose, gates, runinfo
+from grpo import diagnose, gates, hosts, runinfo
 from grpo.ask import ask
 from grpo.build import Run, build
 from grpo.checkpoint import Checkpoints, params_sha256
 from grpo.config import Config
+from grpo.host_memory import resident_gib, return_free_pages
 from grpo.learn import learn, shaped
 from grpo.metrics import GRPO_COLUMNS, ConsoleTable, JsonlWriter, MetricLog
 from grpo.model.params import Params
@@ -25,6 +26,10 @@ from grpo.rollout import readable_rows
 from grpo.scoring import check_gold
 from grpo.signals import StopSignal
 from grpo.structs import TrainState
+from grpo.watchdog import telling
+
+# What ends a run everywhere: it follows from what all processes know.
+AGREED = (gates.GateError, FloatingPointError)
 
 
 def train(config: Config, workdir: str | Path, baseline: Config | None = None) -> TrainState:
@@ -32,7 +37,8 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
 
     Args:
       config: what to run; read, never changed.
-      workdir: checkpoints, metrics, rollouts and pictures go here.
+      workdir: checkpoints, metrics, rollouts and pictures go here; a folder or a gs:// address
+        (grpo/workdir.py).
       baseline: what `config` was before the user changed it; a changed field that the run never
         reads is an error. By default the defaults of `Config`.
 
@@ -44,27 +50,38 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
       RewardFailure: rewards that do not fit the problems.
       GateError: going on is not worth it (grpo/gates.py); the state so far is saved.
       FloatingPointError: too many updates in a row of the cold start were not finite.
+      HostError: the run has several processes, and one of them cannot go on.
     """
-    workdir = Path(workdir)
     with ExitStack() as stack:
+        stack.enter_context(telling(AGREED))
         stop = stack.enter_context(StopSignal())
         run = build(config, workdir, stack, baseline or Config())
-        config = run.config
+        config, workdir, phase = run.config, run.workdir, run.watchdog.phase
+        run.folder.pull()
+        stack.callback(run.folder.push)
         runinfo.write(config, workdir)
         if config.reward.gold_check:
             reward = config.reward
-            print(check_gold(run.scorer, run.problems, reward.gold_format, reward.gold_check))
-        checkpoints = Checkpoints(workdir / "checkpoints", config.log.keep_checkpoints)
-        stack.callback(checkpoints.close)
+            with hosts.together():
+                found = check_gold(run.scorer, run.problems, reward.gold_format, reward.gold_check)
+                hosts.say(found)
+        phase("opening the checkpoints")
+        checkpoints = stack.enter_context(
+            Checkpoints(run.folder.saves / "checkpoints", config.log.keep_checkpoints)
+        )
         state = restore_or_start(run, checkpoints, stop)
         algo, first = config.algo, int(state.step)
         # A reference that is renewed is part of the state.
         fixed = algo.kl_coef and not algo.ref_every
         ref_params = starting_params(run, stop) if fixed else None
+        phase("compiling")
         run.engine.compile(run.policy.for_decoding(state.params))
         run.update.compile(state.params, run.empty_batch)
+        return_free_pages()
         log = stack.enter_context(MetricLog(workdir, resume_step=first))
-        texts = stack.enter_context(JsonlWriter(workdir / "rollouts.jsonl", resume_step=first))
+        texts = None
+        if hosts.is_main():
+            texts = stack.enter_context(JsonlWriter(workdir / "rollouts.jsonl", resume_step=first))
         table = ConsoleTable(GRPO_COLUMNS, config.num_steps)
         watch = gates.Watch(config.gates, workdir)
 
@@ -73,10 +90,12 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
 
             # 1. Ask P problems, sample G completions of each, and score every one as it ends. The
             # current policy is pi_old for the rest of this step.
+            phase(f"step {step}: sampling")
             asked = ask(run, state, step)
             rollout, scores = asked.rollout, shaped(run, asked.rollout, asked.scores)
             metrics |= asked.metrics | run.scorer.metrics(scores)
-            if config.log.rollouts_every and step % config.log.rollouts_every == 0:
+            every = config.log.rollouts_every
+            if texts is not None and every and step % every == 0:
                 for row in readable_rows(step, rollout, scores, run.policy.tokenizer):
                     texts.write(row)
             metrics |= gates.degeneration(rollout, run.scorer.solved_PG(scores))
@@ -86,6 +105,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
                 watch.stop()
 
             # 2. Compare each completion with its group, and 3. make a few updates with that.
+            phase(f"step {step}: update")
             updating = time.monotonic()
             learner = state.replace(pass_rates=None, carried=None)  # which stay on the host
             state, report = learn(run, learner, ref_params, rollout, scores)
@@ -97,18 +117,23 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
             metrics["optim/bad_updates"] = int(state.bad_updates)
             metrics["time/update_s"] = time.monotonic() - updating
             metrics["time/step_s"] = time.monotonic() - started
+            metrics |= resident_gib()
             metrics["engine/compiled"] = run.engine.num_compiled() + run.update.num_compiled()
             watch.look(gates.UPDATE_GATES, step, metrics, scores, evidence)
             log.log(step, metrics)
             table.row(step, metrics)
             with saving_first(checkpoints, state):
                 watch.stop()
-            if (step + 1) % config.log.save_every == 0 or stop.requested:
+            phase(f"step {step}: saving")
+            stopping = stop.requested()
+            if (step + 1) % config.log.save_every == 0 or stopping:
+                run.folder.push()
                 checkpoints.save(state)
-            if stop.requested:
+            if stopping:
                 checkpoints.wait()
                 stop.leave(step + 1)
 
+        run.folder.push()
         checkpoints.save(state)
         final = evaluate_if_due(run, state, config.num_steps)
         if final:
@@ -116,9 +141,11 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         checkpoints.wait()
     digest = params_sha256(state.params)
     runinfo.write_result(workdir, params_sha256=digest, steps=int(state.step))
-    report_run(workdir)
-    print(diagnose.brief(workdir))
-    print(f"params_sha256 {digest}")
+    if hosts.is_main():
+        report_run(workdir)
+        print(diagnose.brief(workdir))
+        print(f"params_sha256 {digest}")
+        run.folder.push()
     return state
 
 
@@ -127,13 +154,13 @@ def evaluate_if_due(run: Run, state: TrainState, step: int) -> dict[str, float]:
     due = run.evaluator and (step % run.config.eval.every == 0 or step == run.config.num_steps)
     if not run.evaluator or not due:
         return {}
+    run.watchdog.phase(f"evaluation after {step} steps")
     weights = run.policy.for_decoding(state.params)
     metrics = run.evaluator(weights, step, run.workdir / "evaluations")
     low, high = metrics["eval/pass_at_1_low"], metrics["eval/pass_at_1_high"]
-    print(
+    hosts.say(
         f"held-out after {step} steps: pass@1 {metrics['eval/pass_at_1']:.3f} "
-        f"[{low:.3f}, {high:.3f}] on {len(run.evaluator.problems)} problems",
-        flush=True,
+        f"[{low:.3f}, {high:.3f}] on {len(run.evaluator.problems)} problems"
     )
     return metrics
 
@@ -153,7 +180,7 @@ def restore_or_start(run: Run, checkpoints: Checkpoints, stop: StopSignal) -> Tr
     """The newest saved state, or else a new one."""
     state = checkpoints.restore(run.state_like)
     if state is not None:
-        print(f"resuming after step {int(state.step)} of {run.config.num_steps}", flush=True)
+        hosts.say(f"resuming after step {int(state.step)} of {run.config.num_steps}")
         return state
     return run.new_state(starting_params(run, stop))
 
@@ -164,4 +191,4 @@ def starting_params(run: Run, stop: StopSignal) -> Params:
     A cold start that is over is not repeated; it left its own checkpoint.
     """
     params = run.policy.initial_params()
-    return run.sft.run(params, stop) if run.sft is not None else params
+    return run.sft.run(params, stop, run.watchdog) if run.sft is not None else params

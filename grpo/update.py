@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from grpo.config import OptimConfig
 from grpo.loss import Maxima, Means
 from grpo.model.params import Params, ParamSpec, map_table
+from grpo.model.stack import Summed
 from grpo.policy import Logprobs, Policy
 from grpo.sharding import replicated
 from grpo.structs import Batch, Totals, TrainState
@@ -136,7 +137,7 @@ class Sums(struct.PyTreeNode):
     grads: Any
 
 
-def microbatch_sums(
+def no_sums(
     params: Params,
     base: Params,
     batch: Batch,
@@ -145,35 +146,57 @@ def microbatch_sums(
     logprobs: Logprobs,
     objective: Objective,
 ) -> Sums:
-    """Loss, metrics and gradients of one microbatch; `base` (`grpo.policy`) gets no gradient.
+    """What nothing adds up to: zeros, and of maxima the least."""
+
+    def outputs(params: Params, base: Params, batch: Batch, totals: Totals) -> Any:
+        return objective(*logprobs(params, base, batch), batch, totals)
+
+    loss, means, maxima = jax.eval_shape(outputs, params, base, batch, totals)
+    lowest = jax.tree.map(lambda a: jnp.full(a.shape, -jnp.inf, a.dtype), maxima)
+    loss, means, grads = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (loss, means, params))
+    return Sums(loss=loss, means=means, maxima=lowest, grads=grads)
+
+
+def add_sums(
+    sums: Sums,
+    params: Params,
+    base: Params,
+    batch: Batch,
+    totals: Totals,
+    *,
+    logprobs: Logprobs,
+    objective: Objective,
+) -> Sums:
+    """`sums` and loss, metrics and gradients of one more microbatch.
 
     Its loss is divided by the counts of the whole minibatch beforehand, so the sum over
-    microbatches is the loss: a mean of microbatch means would not be.
+    microbatches is the loss: a mean of microbatch means would not be. `base` (`grpo.policy`) is
+    frozen.
     """
+    earlier = sums.grads
 
     def loss(params: Params) -> tuple[jax.Array, tuple[Means, Maxima]]:
-        logprobs_RC, entropy_RC = logprobs(params, base, batch)
+        adding = params | {"layers": Summed(params["layers"], earlier["layers"])}
+        logprobs_RC, entropy_RC = logprobs(adding, base, batch)
         value, means, maxima = objective(logprobs_RC, entropy_RC, batch, totals)
         return value, (means, maxima)
 
     (value, (means, maxima)), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    return Sums(loss=value, means=means, maxima=maxima, grads=grads)
-
-
-def add_sums(
-    sums: Sums, params: Params, base: Params, batch: Batch, totals: Totals, **parts: Any
-) -> Sums:
-    """`sums` and those of one more microbatch."""
-    new = microbatch_sums(params, base, batch, totals, **parts)
-    maxima = jax.tree.map(jnp.maximum, sums.maxima, new.maxima)
-    return jax.tree.map(jnp.add, sums, new).replace(maxima=maxima)
+    layers = grads.pop("layers")  # the earlier ones are in
+    rest = jax.tree.map(jnp.add, {name: earlier[name] for name in grads}, grads)
+    return Sums(
+        loss=sums.loss + value,
+        means=jax.tree.map(jnp.add, sums.means, means),
+        maxima=jax.tree.map(jnp.maximum, sums.maxima, maxima),
+        grads=rest | {"layers": layers},
+    )
 
 
 class Update:
     """(state, microbatches, totals) -> (state, metrics): one optimiser update.
 
-    Three programs, whatever the number of microbatches: the first one's sums, a further one's
-    added to them, the optimiser. All are dispatched without waiting.
+    Three programs, whatever the number of microbatches: sums of nothing, one microbatch added to
+    them, the optimiser. All are dispatched without waiting.
 
     Args:
       policy: gives log-probs.
@@ -192,16 +215,17 @@ class Update:
         *,
         keep_reference: bool = False,
     ):
-        like = abstract_state(policy, optimizer, keep_reference=keep_reference)
-        state = _shardings(like)
+        self._like = abstract_state(policy, optimizer, keep_reference=keep_reference)
+        state = _shardings(self._like)
         everywhere = replicated(policy.mesh)
         sums = Sums(loss=everywhere, means=everywhere, maxima=everywhere, grads=state.params)
         self._base = policy.base
         parts: Any = {"logprobs": policy.logprobs, "objective": objective}
-        self._first = jax.jit(partial(microbatch_sums, **parts), out_shardings=sums)
-        self._more = jax.jit(partial(add_sums, **parts), out_shardings=sums, donate_argnums=0)
-        self._apply = jax.jit(
+        self._nothing = jax.jit(partial(no_sums, **parts), out_shardings=sums)
+        self._add = jax.jit(partial(add_sums, **parts), out_shardings=sums, donate_argnums=0)
+        self._apply: Any = jax.jit(
             partial(_apply, optimizer=optimizer, schedule=schedule),
+            in_shardings=(state, sums),
             out_shardings=(state, everywhere),
             donate_argnums=0,
         )
@@ -214,27 +238,28 @@ class Update:
         return self._apply(state, sums)
 
     def compile(self, params: Params, empty: Batch) -> None:
-        """Compiles what sums microbatches, with one that is all padding and on the mesh.
+        """Compiles everything, for microbatches like `empty`: all padding, and on the mesh.
 
-        A rollout decides how many there are; none of the later ones then waits for a compiler.
+        The optimiser is compiled for a state that need not be there: it would consume it.
         """
-        base, nothing = self._base(), Totals(np.float32(1), np.float32(1))
-        sums = self._first(params, base, empty, nothing)
-        jax.block_until_ready(self._more(sums, params, base, empty, nothing))
+        totals = Totals(np.float32(1), np.float32(1))
+        sums_like = jax.eval_shape(self._nothing, params, self._base(), empty, totals)
+        self._apply = self._apply.lower(self._like, sums_like).compile()
+        jax.block_until_ready(self.sums(params, [empty], totals))
 
     def sums(self, params: Params, microbatches: Sequence[Batch], totals: Totals) -> Sums:
         """Loss, metrics and gradients of a minibatch."""
         base = self._base()
         totals = Totals(*(np.float32(max(count, 1)) for count in totals))
-        sums = self._first(params, base, microbatches[0], totals)
-        for batch in microbatches[1:]:
-            sums = self._more(sums, params, base, batch, totals)
+        sums = self._nothing(params, base, microbatches[0], totals)
+        for batch in microbatches:
+            sums = self._add(sums, params, base, batch, totals)
         return sums
 
     def num_compiled(self) -> int:
         """Programs compiled so far; constant once every shape has been seen."""
-        programs: Any = (self._first, self._more, self._apply)
-        return sum(program._cache_size() for program in programs)
+        programs: Any = (self._nothing, self._add, self._apply)
+        return sum(getattr(program, "_cache_size", lambda: 1)() for program in programs)
 
 
 def _apply(
@@ -246,10 +271,19 @@ def _apply(
 ) -> tuple[TrainState, dict[str, Any]]:
     norm = optax.tree.norm(sums.grads)
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
-    changes, opt_state = optimizer.update(sums.grads, state.opt_state, state.params)
-    changed = (optax.apply_updates(state.params, changes), opt_state)
-    kept = (state.params, state.opt_state)
-    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+
+    def step(params: Params, opt_state: Any, size: jax.Array) -> tuple[Params, Any, jax.Array]:
+        changes, opt_state = optimizer.update(sums.grads, opt_state, params)
+        share = optax.tree.norm(changes) / size
+        return optax.apply_updates(params, changes), opt_state, share
+
+    def skip(params: Params, opt_state: Any, size: jax.Array) -> tuple[Params, Any, jax.Array]:
+        return params, opt_state, jnp.zeros(())
+
+    # A branch, not a choice between two results: both would have to exist. What is read of the old
+    # parameters is read before it, or they would be copied.
+    old = state.params, state.opt_state, optax.tree.norm(state.params)
+    params, opt_state, param_change = jax.lax.cond(finite, step, skip, *old)
     new_state = state.replace(
         params=params,
         opt_state=opt_state,
@@ -262,7 +296,7 @@ def _apply(
         "optim/grad_norm": norm,
         "optim/learning_rate": schedule(state.updates),
         "optim/skipped": 1.0 - finite,
-        "optim/param_change": finite * optax.tree.norm(changes) / optax.tree.norm(state.params),
+        "optim/param_change": param_change,
     }
     return new_state, report
 

@@ -36,13 +36,13 @@ def tiny(**changes: Any) -> Config:
 # Every field there is. A new one is a new promise to users: add it here when that is meant.
 SURFACE = """
     config: seed num_steps
-    config.model: source width mlp_width num_layers num_heads num_kv_heads compute_dtype remat
-      logprob_chunk base_dtype
+    config.model: source thinking width mlp_width num_layers num_heads num_kv_heads compute_dtype
+      remat logprob_chunk base_dtype
     config.lora: rank alpha targets
     config.data: train held_out max_prompt_tokens check_reference
     config.sample: temperature max_new_tokens slots slots_per_prompt tail_slots draft_tokens
       tokens_per_dispatch stop_strings weights cache
-    config.reward: functions workers deadline_s gold_format gold_check
+    config.reward: functions workers deadline_s wait_s gold_format gold_check
     config.algo: problems_per_step group_size minibatches passes microbatch_tokens advantage
       objective aggregate correction clip_low clip_high dual_clip sapo_temperature_positive
       sapo_temperature_negative correction_cap correction_low correction_high sequence_gap_max
@@ -57,6 +57,7 @@ SURFACE = """
       degenerate_steps still_steps max_param_change min_adapter_change max_kl_old_nats
     config.log: save_every keep_checkpoints rollouts_every
     config.mesh: data fsdp tensor
+    config.hosts: watch_s
 """
 
 
@@ -243,6 +244,7 @@ def test_whole_numbers_are_fine_where_fractions_are():
         ({"sft__warmup_updates": 5}, r"sft.warmup_updates is 5, .* sft.num_steps = 4 updates"),
         ({"sft__microbatch_tokens": 0}, "sft.microbatch_tokens is 0; it must be positive"),
         ({"model__remat": "some"}, "model.remat is 'some'; choose from"),
+        ({"model__thinking": "yes"}, "model.thinking is 'yes'; choose from .*'on', 'off'"),
         ({"model__compute_dtype": "float16"}, "model.compute_dtype is 'float16'; choose from"),
         ({"mesh__fsdp": 0}, "mesh.fsdp is 0; it must be positive, or -1"),
     ],

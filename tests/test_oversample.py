@@ -297,7 +297,7 @@ def test_the_correction_is_on(tmp_path, oversample, corrected, monkeypatch):
     config = tiny(algo__oversample=oversample)
     with ExitStack() as stack:
         built = build(config, tmp_path, stack, baseline=config)
-        program: Any = built.update._first
+        program: Any = built.update._add
         program.__wrapped__.keywords["objective"]()
     assert seen[0]["on_policy"]
     assert (seen[0]["correction"] is not loss.uncorrected) == corrected

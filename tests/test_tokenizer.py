@@ -225,11 +225,11 @@ def test_gguf_of_another_family_is_named(tmp_path):
     path = tmp_path / "other.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre("tekken")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="'gpt2'.*'qwen2'.*give that folder"):
+    with pytest.raises(ValueError, match="'gpt2'.*'tekken'.*give that folder"):
         load_tokenizer(path)
 
 

@@ -324,9 +324,8 @@ def test_adapters_alone_are_trained_and_saved(qlora):
     workdir, state = qlora
     names = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state.params)}
     assert len(names) == 2 * 7 and all(name[-5:] in ("['a']", "['b']") for name in names)
-    saved = Checkpoints(workdir / "checkpoints", 2)
-    shapes = _shapes(saved._manager.item_metadata(4).tree)
-    saved.close()
+    with Checkpoints(workdir / "checkpoints", 2) as saved:
+        shapes = _shapes(saved._manager.item_metadata(4).tree)
     largest = max(int(np.prod(shape)) for shape in shapes.values())
     assert largest == 2 * 32 * 2  # layers x mlp_width x rank; the embedding has 259 x 16
     metrics = rows(workdir / "metrics.jsonl")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from grpo.model.arch import Arch
-from grpo.model.families import arch_from_gguf, arch_from_hf
+from grpo.model.families import arch_from_hf
+from grpo.model.families_gguf import arch_from_gguf
 from grpo.model.params import map_table, param_table
 from grpo.model.weights import half_split_rows, load_weights, read_arch
+from tools import parity, tiny_models
 
 # Every width differs from every other, so a swapped axis cannot go unseen.
 ARCH = Arch(
@@ -208,16 +211,22 @@ def test_files_that_are_missing_or_torn_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type is 'mamba'.*supported: llama"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'.*supported: .*llama"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForCausalLM"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling is .*llama3"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*linear"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters is .*yarn"),
-        ({"partial_rotary_factor": 0.5, "rope_parameters": {"x": 1}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "rope_type is 'dynamic'.*yarn"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
+        ({"rope_scaling": {"type": "linear"}}, "'factor' is missing"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}},
+            r"rope_scaling: field 'mscale' \(1.0\) is not known",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"attention_bias": True}, "attention_bias is True.*supported: False"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'.*supported: silu"),
-        ({"sliding_window": 4096}, "sliding_window is 4096.*supported: None"),
+        ({"new_trick": "on"}, r"'new_trick' \('on'\) is not known.*delete it"),
+        ({"sliding_window": 4096}, r"'sliding_window' \(4096\) is not known"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "field 'hidden_size' is missing"),
     ],
@@ -329,9 +338,80 @@ def test_gguf_equals_the_folder_it_was_made_from(tmp_path, tied):
     jax.tree.map(np.testing.assert_array_equal, got, load_weights(folder, arch))
 
 
-def test_gguf_values_are_rounded_to_bfloat16(tmp_path):
-    path = write_gguf(tmp_path / "tiny.gguf", GGUF_ARCH, hf_tensors(GGUF_ARCH))
-    for leaf in jax.tree.leaves(load_weights(path, GGUF_ARCH)):
+_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_FOUR_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_LOCAL = {"rope_type": "default", "rope_theta": 10.0}
+_ALL_SLIDE: dict[str, Any] = {
+    "layer_types": ["sliding_attention"] * 2,
+    "query_pre_attn_scalar": 6,
+    "rope_parameters": {"sliding_attention": _LOCAL, "full_attention": _LOCAL},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "parts"),
+    [
+        ("qwen2", {}, {}),
+        ("qwen3", {}, _NORMS),
+        ("gemma3", _ALL_SLIDE, _NORMS | _FOUR_NORMS),
+    ],
+)
+def test_gguf_of_other_families_equals_the_folder(tmp_path, family, change, parts):
+    """Biases, more norms, Gemma's scales with 1 added; rows stay in their rotary order."""
+    stored = parity.MODELS[family]
+    config, shapes = stored["config"] | change, stored["shapes"]
+    folder = tiny_models.write_folder(tmp_path / "folder", config, shapes)
+    arch = read_arch(folder)
+
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", family)
+    writer.add_context_length(arch.max_positions)
+    writer.add_embedding_length(arch.width)
+    writer.add_block_count(arch.num_layers)
+    writer.add_feed_forward_length(arch.mlp_width)
+    writer.add_head_count(arch.num_heads)
+    writer.add_head_count_kv(arch.num_kv_heads)
+    writer.add_key_length(arch.head_width)
+    writer.add_value_length(arch.head_width)
+    writer.add_rope_freq_base(arch.rope_theta)
+    writer.add_layer_norm_rms_eps(arch.norm_eps)
+    if arch.window is not None:
+        writer.add_sliding_window(arch.window)
+        writer.add_float32("gemma3.rope.freq_base_swa", 10.0)
+    names = {hf: theirs for theirs, hf in (GGUF_PARTS | parts).items()}
+    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for key, value in tiny_models.weights(shapes, family == "gemma3").items():
+        module, _, kind = key.rpartition(".")
+        if module in outer:
+            module = outer[module]
+        else:
+            layer, _, part = module.removeprefix("model.layers.").partition(".")
+            module = f"blk.{layer}.{names[part]}"
+        added = np.float32(family == "gemma3" and module.endswith("norm"))
+        writer.add_tensor(f"{module}.{kind}", value + added)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    assert read_arch(tmp_path / "tiny.gguf") == arch
+    got = load_weights(tmp_path / "tiny.gguf", arch)
+    near = partial(np.testing.assert_allclose, rtol=0, atol=2e-7)  # 1 was added, and taken away
+    jax.tree.map(near, got, load_weights(folder, arch))
+
+
+def test_quantised_values_alone_are_rounded_to_bfloat16(tmp_path):
+    tensors = hf_tensors(GGUF_ARCH)
+    params = load_weights(write_gguf(tmp_path / "tiny.gguf", GGUF_ARCH, tensors), GGUF_ARCH)
+    layers = params["layers"]
+    last, first = params.pop("final_norm"), layers.pop("attn_norm")[0]
+    np.testing.assert_array_equal(last, tensors["model.norm.weight"])
+    np.testing.assert_array_equal(first, tensors["model.layers.0.input_layernorm.weight"])
+    del layers["mlp_norm"]
+    for leaf in jax.tree.leaves(params):
         rounded = np.asarray(leaf).astype(ml_dtypes.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(leaf, rounded)
 
@@ -357,15 +437,27 @@ def test_gguf_errors_name_what_is_wrong(tmp_path):
         read_arch(tmp_path / "c.gguf")
 
 
+EMBEDDING = {"token_embd.weight": (11, 10)}
+SIZES = {
+    "llama.embedding_length": 10,
+    "llama.attention.head_count": 5,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.feed_forward_length": 7,
+    "llama.block_count": 1,
+    "llama.context_length": 64,
+}
+
+
 @pytest.mark.parametrize(
     ("fields", "shapes", "message"),
     [
-        ({"general.architecture": "gemma3"}, {}, "general.architecture is 'gemma3'.*llama"),
-        ({"llama.rope.scaling.type": "yarn"}, {}, "llama.rope.scaling.type is 'yarn'"),
-        ({"llama.expert_count": 8}, {}, "llama.expert_count is 8"),
+        ({"general.architecture": "mamba"}, {}, "general.architecture is 'mamba'.*llama"),
+        ({"llama.rope.scaling.type": "yarn"}, EMBEDDING, "llama: rope.scaling.type is 'yarn'"),
+        ({"llama.expert_count": 8}, EMBEDDING, "llama: expert_count is 8"),
+        (SIZES | {"llama.new_trick": 1}, EMBEDDING, r"'new_trick' \(1\) is not known"),
         ({}, {"rope_freqs.weight": (2,)}, "rope_freqs.weight"),
         ({}, {}, "token_embd.weight is missing"),
-        ({}, {"token_embd.weight": (11, 10)}, "'llama.embedding_length' is missing"),
+        ({}, EMBEDDING, "llama: field 'embedding_length' is missing"),
     ],
 )
 def test_unsupported_gguf_metadata_is_named(fields, shapes, message):

@@ -70,7 +70,7 @@ class ToyTokenizer:
     bos_id: int | None = None
     adds_bos: bool = False
     chat_template: str | None = None
-    template_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]

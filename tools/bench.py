@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,13 +33,13 @@ from grpo import advantage, loss
 from grpo.batch import RowShape, Sample, pack, row_shape, to_device, totals
 from grpo.config import Config, ModelConfig, OptimConfig, bind
 from grpo.data.prompts import encode_prompt
-from grpo.data.tokenizer import load_tokenizer
 from grpo.engine.engine import Engine, Request
+from grpo.host_memory import return_free_pages, return_large_blocks
 from grpo.model.arch import Arch
 from grpo.model.params import Params, attention_share, num_params
-from grpo.model.weights import load_weights, read_arch
 from grpo.policy import Policy, lay_out
 from grpo.sharding import batch_ways, make_mesh
+from grpo.source import open_source
 from grpo.structs import Completion, Scores, TrainState
 from grpo.update import Update, decayed_params, init_state, learning_rate, make_optimizer
 from rewards.api import Problem
@@ -88,7 +87,7 @@ class IdTokenizer:
     bos_id: int | None = None
     adds_bos: bool = False
     chat_template: str | None = None
-    template_tokens: Any = dataclasses.field(default_factory=dict)
+    template_variables: Any = dataclasses.field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
@@ -298,17 +297,16 @@ class Bench:
 
 def _policy(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Policy:
     if args.model:
-        path = Path(args.model)
-        arch, tokenizer = read_arch(path), load_tokenizer(path)
+        source = open_source(args.model)
+        arch, tokenizer, read = source.arch, source.tokenizer, source.read
     else:
         arch = SHAPES[args.shape]
         mean = args.new / 2 if args.lengths == "geometric" else 0
         stops = tuple(range(round(arch.vocab_size / mean))) if mean else ()
-        tokenizer = IdTokenizer(arch.vocab_size, eos_ids=stops)
+        tokenizer, read = IdTokenizer(arch.vocab_size, eos_ids=stops), None
     model = ModelConfig(
         compute_dtype=args.dtype, remat=args.remat, logprob_chunk=args.logprob_chunk
     )
-    read = (lambda put: load_weights(path, arch, put)) if args.model else None
     return lay_out(arch, tokenizer, mesh, model, temperature=1.0, read=read)
 
 
@@ -339,6 +337,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     bench.engine.compile(bench.weights())
     empty = to_device(pack([], bench.row_shape).microbatches[0], bench.policy.mesh)
     bench.update.compile(bench.state.params, empty)
+    return_free_pages()
     bench.rollout(0)
     bench.learn(0)
     compile_s = time.perf_counter() - started
@@ -434,8 +433,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="JSON lines with a 'question' each, for --lengths=real")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--remat", default="products")
-    parser.add_argument("--logprob_chunk", type=int, default=256)
-    parser.add_argument("--microbatch_tokens", type=int, default=2048)
+    parser.add_argument("--logprob_chunk", type=int, default=128)
+    parser.add_argument("--microbatch_tokens", type=int, default=1024)
     parser.add_argument("--slots", type=int, default=0, help="0: one a completion")
     parser.add_argument("--slots_per_prompt", type=int, default=0, help="0: the group; 1: unshared")
     parser.add_argument("--tail_slots", type=int, default=0)
@@ -451,6 +450,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Prints one JSON line, or the table."""
+    return_large_blocks()
     args = arguments()
     if args.part != "all":
         print(json.dumps(measure(args)))

@@ -6,22 +6,68 @@ runs the same launch command twice: once undisturbed in OUT/straight, once in OU
 `kill -9` at random moments, started again with the same command each time. Both must end with the
 same `params_sha256` and the same metrics, no step missing and none twice; what measures time may
 differ. Prints one JSON line; the exit status says whether they agree.
+
+With `--processes=2` every run is of two processes on this machine, and each kill takes one of them;
+the other must then end by itself before both are started again.
 """
 
 import argparse
 import json
 import random
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-TIMED = ("time/", "tokens_per_s")
+TIMED = ("time/", "tokens_per_s", "idle_share")
+_PATIENCE_S = 180.0  # jax takes a silent process for dead after 100 s
 
 
-def command(workdir: Path, flags: list[str]) -> list[str]:
-    return [sys.executable, "-m", "grpo.launch", f"--workdir={workdir}", *flags]
+class Run:
+    """The processes of one run."""
+
+    def __init__(self, workdir: Path, flags: list[str], count: int, log: TextIO):
+        command = [sys.executable, "-m", "grpo.launch", f"--workdir={workdir}", *flags]
+        several = [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={count}"]
+        self.processes = [
+            subprocess.Popen(
+                [*command, *several, f"--process_id={i}"] if count > 1 else command,
+                stdout=log,
+                stderr=log,
+            )
+            for i in range(count)
+        ]
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all have ended, within so many seconds."""
+        until = time.monotonic() + seconds
+        for process in self.processes:
+            try:
+                process.wait(max(until - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                return False
+        return True
+
+    def finish(self) -> None:
+        """Waits for a good end."""
+        for process in self.processes:
+            if process.wait():
+                self.kill()
+                sys.exit(f"{process.args!r} ended with status {process.returncode}; see the log")
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
 
 
 def metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -34,29 +80,39 @@ def metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 def killed_run(
-    workdir: Path, flags: list[str], kills: int, seconds: float, seed: int
-) -> list[float]:
-    """Runs to the end through `kills` kills; the moments they came, in seconds of running time."""
-    rng, moments = random.Random(seed), []
-    log = (workdir.parent / "killed.log").open("w")
-    for _ in range(kills):
-        process = subprocess.Popen(command(workdir, flags), stdout=log, stderr=log)
-        moment = rng.uniform(0.1, 0.3) * seconds
-        try:
-            process.wait(moment)
-            break  # done before the kill came
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    workdir: Path, flags: list[str], count: int, kills: int, seconds: float, seed: int
+) -> tuple[list[float], list[float]]:
+    """Runs to the end through `kills` kills.
+
+    Returns:
+      The moments they came, in seconds of running time, and for each the seconds until the other
+      processes had ended too.
+    """
+    rng = random.Random(seed)
+    moments: list[float] = []
+    ended: list[float] = []
+    with (workdir.parent / "killed.log").open("w") as log:
+        for _ in range(kills):
+            run = Run(workdir, flags, count, log)
+            moment = rng.uniform(0.1, 0.3) * seconds
+            if run.wait(moment):
+                break  # done before the kill came
+            rng.choice(run.processes).kill()
+            killed = time.monotonic()
+            if not run.wait(_PATIENCE_S):
+                run.kill()
+                sys.exit(f"the others still ran {_PATIENCE_S:.0f} s after one was killed")
             moments.append(round(moment, 1))
-    subprocess.run(command(workdir, flags), stdout=log, stderr=log, check=True)
-    return moments
+            ended.append(round(time.monotonic() - killed, 1))
+        Run(workdir, flags, count, log).finish()
+    return moments, ended
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("flags", nargs="+", help="flags of grpo.launch, after --")
     args = parser.parse_args()
@@ -64,9 +120,9 @@ def main() -> None:
     straight, killed = args.out / "straight", args.out / "killed"
     started = time.monotonic()
     with (args.out / "straight.log").open("w") as log:
-        subprocess.run(command(straight, args.flags), stdout=log, stderr=log, check=True)
+        Run(straight, args.flags, args.processes, log).finish()
     seconds = time.monotonic() - started
-    moments = killed_run(killed, args.flags, args.kills, seconds, args.seed)
+    moments, ended = killed_run(killed, args.flags, args.processes, args.kills, seconds, args.seed)
     digests = [
         json.loads((w / "result.json").read_text())["params_sha256"] for w in (straight, killed)
     ]
@@ -78,6 +134,7 @@ def main() -> None:
                 "same_metrics": same_metrics,
                 "params_sha256": digests[0],
                 "killed_after_s": moments,
+                "others_ended_after_s": ended,
                 "undisturbed_s": round(seconds, 1),
                 "rows": len(metrics(straight)),
             }

@@ -56,7 +56,7 @@ def render_chat(tokenizer: Tokenizer, problem: Problem) -> str:
             add_generation_prompt=True,
             tools=None,
             documents=None,
-            **tokenizer.template_tokens,
+            **tokenizer.template_variables,
         )
     except jinja2.TemplateError as error:
         raise ValueError(
@@ -136,8 +136,17 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)  # Jinja's escapes HTML
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """In place of Jinja's, which escapes HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> NoReturn:

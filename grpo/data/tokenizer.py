@@ -10,8 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from grpo.data.splits import SPLITS, Split, make_core
+
 if TYPE_CHECKING:
     import tokenizers
+
+BYTES_FIELD = "grpo.tokenizer"  # of GGUF files of our own, "bytes": ids are those of ByteTokenizer
 
 
 class Tokenizer(Protocol):
@@ -24,7 +28,8 @@ class Tokenizer(Protocol):
       bos_id: the token that opens a text, if there is one.
       adds_bos: whether this model expects every text to begin with `bos_id`.
       chat_template: Jinja source that renders messages, or None for a base model.
-      template_tokens: special tokens by the names a chat template uses ("bos_token", ...).
+      template_variables: what a chat template is told besides the messages: special tokens by
+        their names ("bos_token", ...) and switches ("enable_thinking").
     """
 
     @property
@@ -46,7 +51,7 @@ class Tokenizer(Protocol):
     def chat_template(self) -> str | None: ...
 
     @property
-    def template_tokens(self) -> Mapping[str, str]: ...
+    def template_variables(self) -> Mapping[str, Any]: ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added. A special token spelled out in it becomes its id."""
@@ -69,7 +74,7 @@ class ByteTokenizer:
     bos_id: int | None = None
     adds_bos: bool = False
     chat_template: str | None = None
-    template_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         # A lone surrogate, as JSON's "\ud800" gives, has no UTF-8 form: it becomes "?".
@@ -101,7 +106,7 @@ class HfTokenizer:
     bos_id: int | None = None
     adds_bos: bool = False
     chat_template: str | None = None
-    template_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         return list(self.core.encode(text, add_special_tokens=False).ids)
@@ -170,15 +175,15 @@ def tokenizer_from_folder(folder: Path) -> HfTokenizer:
         bos_id=bos_id,
         adds_bos=bos_id is not None and _adds_bos(core, config, bos_id),
         chat_template=_chat_template(folder, config),
-        template_tokens=names,
+        template_variables=names,
     )
 
 
-def tokenizer_from_gguf(path: Path) -> HfTokenizer:
+def tokenizer_from_gguf(path: Path) -> Tokenizer:
     """Builds the tokenizer from the metadata of a .gguf file.
 
     Raises:
-      ValueError: a kind of tokenizer other than byte-level BPE with the "smollm" split. Splits
+      ValueError: a kind of tokenizer other than byte-level BPE with one of `SPLITS`. Splits
         differ by model in ways that metadata only names, so guessing one would give wrong ids.
     """
     from gguf import GGUFReader
@@ -186,17 +191,20 @@ def tokenizer_from_gguf(path: Path) -> HfTokenizer:
     fields = {
         name: field.contents()
         for name, field in GGUFReader(path).fields.items()
-        if name.startswith("tokenizer.")
+        if name.startswith("tokenizer.") or name == BYTES_FIELD
     }
+    if fields.get(BYTES_FIELD) == "bytes":
+        return ByteTokenizer()
     kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if (kind, split) != ("gpt2", "smollm"):
+    if kind != "gpt2" or split not in SPLITS:
         raise ValueError(
             f"{path} has tokenizer.ggml.model={kind!r}, tokenizer.ggml.pre={split!r}; only "
-            "'gpt2' with 'smollm' can be built from GGUF. Put the model's own tokenizer.json "
-            "into a folder and give that folder as the tokenizer"
+            f"'gpt2' with one of {', '.join(map(repr, SPLITS))} can be built from GGUF. Put the "
+            "model's own tokenizer.json into a folder and give that folder as the tokenizer"
         )
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    core = _smollm_bpe(tokens, fields["tokenizer.ggml.token_type"], fields["tokenizer.ggml.merges"])
+    kinds, merges = fields["tokenizer.ggml.token_type"], fields["tokenizer.ggml.merges"]
+    core = _bpe(SPLITS[split], tokens, kinds, merges)
     ids = {
         name: fields.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items()
@@ -213,33 +221,45 @@ def tokenizer_from_gguf(path: Path) -> HfTokenizer:
         bos_id=ids["bos"],
         adds_bos=bool(fields.get("tokenizer.ggml.add_bos_token", False)),
         chat_template=fields.get("tokenizer.chat_template"),
-        template_tokens={f"{k}_token": tokens[i] for k, i in ids.items() if i is not None},
+        template_variables={f"{k}_token": tokens[i] for k, i in ids.items() if i is not None},
     )
 
 
-def _smollm_bpe(tokens: list[str], kinds: list[int], merges: list[str]) -> "tokenizers.Tokenizer":
-    """Byte-level BPE that never joins two digits, so every digit is one token."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Core
+def with_thinking(tokenizer: Tokenizer, on: bool) -> Tokenizer:
+    """The same tokenizer, its chat template told to ask for a chain of thought or for none.
+
+    Raises:
+      ValueError: the template has no such switch.
+    """
+    if "enable_thinking" not in (tokenizer.chat_template or ""):
+        raise ValueError(
+            "the chat template of this model has no enable_thinking to switch: leave "
+            "model.thinking at its default"
+        )
+    assert isinstance(tokenizer, HfTokenizer)  # nothing else has a template of its own
+    told = {**tokenizer.template_variables, "enable_thinking": on}
+    return dataclasses.replace(tokenizer, template_variables=told)
+
+
+def _bpe(
+    split: Split, tokens: list[str], kinds: list[int], merges: list[str]
+) -> "tokenizers.Tokenizer":
+    from tokenizers import AddedToken
 
     vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-    core = Core(models.BPE(vocab=vocab, merges=pairs))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    control = 3  # LLAMA_TOKEN_TYPE_CONTROL
-    core.add_special_tokens(
-        [
-            AddedToken(token, special=True, normalized=False)
+    core = make_core(split, vocab, pairs)
+    control, user_defined = 3, 4  # LLAMA_TOKEN_TYPE_CONTROL, LLAMA_TOKEN_TYPE_USER_DEFINED
+
+    def added(wanted: int) -> list[AddedToken]:
+        return [
+            AddedToken(token, special=wanted == control, normalized=False)
             for token, kind in zip(tokens, kinds, strict=True)
-            if kind == control
+            if kind == wanted
         ]
-    )
+
+    core.add_special_tokens(added(control))
+    core.add_tokens(added(user_defined))
     return core
 
 

@@ -232,6 +232,7 @@ class Engine:
         self._prompt_lengths, self._views = buckets(max_prompt), buckets(max_new)
         self.stats = EngineStats()
         self.unfinished: dict[tuple[int, int], Begun] = {}
+        self._heard: Callable[[int, int, Sequence[int]], None] | None = None
         self._programs = Programs(
             arch,
             mesh,
@@ -284,6 +285,7 @@ class Engine:
         temperature: float,
         filters: Filters | None = None,
         enough: Callable[[], bool] = lambda: False,
+        heard: Callable[[int, int, Sequence[int]], None] | None = None,
     ) -> Iterator[Completion]:
         """Yields every completion as it ends, in no particular order.
 
@@ -298,9 +300,11 @@ class Engine:
             compute it anyway, so a few more completions may come. What has not ended is in
             `unfinished` afterwards: (number of the request, sample) -> tokens and log-probs so
             far. Where dispatches end decides, not when, so equal rollouts stop equally.
+          heard: told of every dispatch what it added to each completion: (number of the request,
+            sample, tokens).
         """
         self._check(requests)
-        self.stats, self.unfinished = EngineStats(), {}
+        self.stats, self.unfinished, self._heard = EngineStats(), {}, heard
         stats, started = self.stats, time.monotonic()
         wanted = [request.wanted for request in requests]
         queue = Queue([len(samples) for samples in wanted], self.num_prompts, self.slots_per_prompt)
@@ -423,7 +427,10 @@ class Engine:
         for slot, owner in enumerate(dispatch.owners):
             if owner is None or owner.done:
                 continue
+            before = len(owner.tokens)
             finish = self._extend(owner, tokens_NB[:, slot], logprobs_NB[:, slot])
+            if self._heard is not None and len(owner.tokens) > before:
+                self._heard(owner.request, owner.sample, owner.tokens[before:])
             if finish:
                 owner.done = halted_B[slot] = True
                 running[slot] = None

@@ -3,21 +3,33 @@
 Train form: layers stacked and scanned, whole sequences, rematerialised. Decode form: a list of
 layers, unrolled, one token at a time over a key/value cache (scanning layers over a cache copies
 the whole cache every token). What a block computes is written once, in `block`; the two forms
-differ only in the `attend` they hand to it.
+differ only in the `attend` they hand to it. What differs from layer to layer is data (`Layer`):
+scanned along with the weights in the train form, constants in the decode form.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from grpo.model.arch import Arch
+from grpo.model.attention import (
+    KV,
+    attention,
+    capped,
+    shared_prefix_attention,
+    tree_attention,
+    within,
+)
 from grpo.model.linear import in_dtype, project
 from grpo.model.params import Params
 from grpo.model.quantise import Quantised, dequantise, quantise
+from grpo.model.rope import Yarn, frequencies
+from grpo.model.stack import scan_layers
 from grpo.sharding import DECODE_RULES, shard
 
 _PRODUCTS = ("q", "k", "v", "attn_out", "residual", "gate", "up")  # named in `block`
@@ -27,64 +39,119 @@ REMAT_POLICIES: dict[str, Any] = {
     "products": jax.checkpoint_policies.save_only_these_names(*_PRODUCTS),
 }
 
-KV = tuple[jax.Array, jax.Array]  # keys and values, each [B, K, S, H]
-Stored = jax.Array | Quantised  # as a cache keeps either
+Stored = jax.Array | Quantised  # [B, K, S, H], as a cache keeps keys or values
 Cache = tuple[Stored, Stored]  # of one layer
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
-def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale, the statistics in float32."""
+class Layer(NamedTuple):
+    """What may differ between layers that share one block function."""
+
+    frequency_h: Any  # radians a position of each rotary pair, float32 [H / 2]; 0: not rotated
+    gain: Any  # multiplies rotated queries and keys
+    window: Any  # how many tokens a query sees, itself included; None: all
+
+
+def layers_of(arch: Arch) -> list[Layer]:
+    """The layers' own settings, from first to last."""
+    H, scaling = arch.head_width, arch.rope_scaling
+    gain = scaling.gain if isinstance(scaling, Yarn) else 1.0
+    everywhere = Layer(frequencies(arch.rope_theta, scaling, H), gain, None)
+    local = everywhere._replace(window=arch.window)
+    if arch.local_rope_theta is not None:
+        local = Layer(frequencies(arch.local_rope_theta, None, H), 1.0, arch.window)
+    unrotated = Layer(np.zeros(H // 2, np.float32), 1.0, None)
+    kinds = {"global": everywhere, "sliding": local, "unrotated": unrotated}
+    return [kinds[name] for name in arch.layer_types or ("global",) * arch.num_layers]
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """x / rms(x) * (offset + scale), the statistics in float32.
+
+    With an offset the scale is applied in float32 as well, as Gemma does: bfloat16 holds what a
+    scale is above 1 to 8 bits, their sum not.
+    """
     x32_BTD = x_BTD.astype(jnp.float32)
     mean_square_BT1 = jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True)
-    return (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)).astype(x_BTD.dtype) * scale_D
+    normed_BTD = x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)
+    if offset:
+        return (normed_BTD * (offset + scale_D.astype(jnp.float32))).astype(x_BTD.dtype)
+    return normed_BTD.astype(x_BTD.dtype) * scale_D
 
 
-def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotates pairs (h, h + H/2) by position * theta**(-2h/H) (arXiv:2104.09864)."""
+def rotary(
+    x_BTNH: jax.Array,
+    positions_BT: jax.Array,
+    frequency_h: jax.Array | np.ndarray,
+    gain: float = 1.0,
+) -> jax.Array:
+    """Rotates pairs (h, h + H/2) by position * frequency (arXiv:2104.09864), times `gain`."""
     half = x_BTNH.shape[-1] // 2
-    frequency_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BT1h = positions_BT[..., None, None].astype(jnp.float32) * frequency_h
-    sin, cos = jnp.sin(angle_BT1h).astype(x_BTNH.dtype), jnp.cos(angle_BT1h).astype(x_BTNH.dtype)
+    sin = (jnp.sin(angle_BT1h) * gain).astype(x_BTNH.dtype)
+    cos = (jnp.cos(angle_BT1h) * gain).astype(x_BTNH.dtype)
     left, right = x_BTNH[..., :half], x_BTNH[..., half:]
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
-def attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
-) -> jax.Array:
-    """Softmax attention, N query heads over K key/value heads; softmax in float32."""
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation="xla"
-    )
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def block(
-    weights: Params, x_BTD: jax.Array, positions_BT: jax.Array, arch: Arch, attend: Attend
+    weights: Params,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    arch: Arch,
+    layer: Layer,
+    attend: Attend,
 ) -> tuple[jax.Array, Any]:
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
     `attend(q, k, v)` gets this layer's projections, rotated, and returns the mixed values and
-    whatever the caller wants to keep (the updated cache).
+    whatever the caller wants to keep (the updated cache). It divides scores by sqrt(H).
     """
     w = in_dtype(weights, x_BTD.dtype)
     B, T, _ = x_BTD.shape
 
+    def norm(x_BTD: jax.Array, name: str) -> jax.Array:
+        return rms_norm(x_BTD, w[name], arch.norm_eps, arch.norm_offset)
+
     def heads(h_BTD: jax.Array, name: str) -> jax.Array:
         product = project(h_BTD, w[name]).reshape(B, T, -1, arch.head_width)
+        if arch.qkv_bias:
+            product += w[f"{name}_bias"]
         return checkpoint_name(product, name)
 
-    h_BTD = rms_norm(x_BTD, w["attn_norm"], arch.norm_eps)
-    q_BTNH = rotary(heads(h_BTD, "q"), positions_BT, arch.rope_theta)
-    k_BTKH = rotary(heads(h_BTD, "k"), positions_BT, arch.rope_theta)
-    v_BTKH = heads(h_BTD, "v")
+    def placed(name: str) -> jax.Array:
+        h_BTNH = heads(h_BTD, name)
+        if arch.qk_norm:
+            h_BTNH = norm(h_BTNH, f"{name}_norm")
+        return rotary(h_BTNH, positions_BT, layer.frequency_h, layer.gain)
+
+    def added(x_BTD: jax.Array, written_BTD: jax.Array, name: str) -> jax.Array:
+        return x_BTD + (norm(written_BTD, name) if arch.sandwich_norm else written_BTD)
+
+    h_BTD = norm(x_BTD, "attn_norm")
+    q_BTNH, k_BTKH, v_BTKH = placed("q"), placed("k"), heads(h_BTD, "v")
+    if arch.query_scale is not None:
+        q_BTNH *= arch.query_scale * arch.head_width**0.5
     mixed_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
     mixed_BTD = project(mixed_BTNH.reshape(B, T, -1), w["o"])
-    x_BTD = checkpoint_name(x_BTD + mixed_BTD, "residual")
-    h_BTD = rms_norm(x_BTD, w["mlp_norm"], arch.norm_eps)
+    x_BTD = checkpoint_name(added(x_BTD, mixed_BTD, "post_attn_norm"), "residual")
+    h_BTD = norm(x_BTD, "mlp_norm")
     gate_BTF = checkpoint_name(project(h_BTD, w["gate"]), "gate")
     up_BTF = checkpoint_name(project(h_BTD, w["up"]), "up")
-    return x_BTD + project(jax.nn.silu(gate_BTF) * up_BTF, w["down"]), kept
+    down_BTD = project(_ACTIVATIONS[arch.activation](gate_BTF) * up_BTF, w["down"])
+    return added(x_BTD, down_BTD, "post_mlp_norm"), kept
+
+
+def embed(table_VD: jax.Array, tokens_BT: jax.Array, arch: Arch) -> jax.Array:
+    """What the first layer reads, in the table's dtype."""
+    x_BTD = table_VD[tokens_BT]
+    return x_BTD if arch.embed_scale == 1 else x_BTD * jnp.asarray(arch.embed_scale, x_BTD.dtype)
 
 
 def head(params: Params) -> jax.Array:
@@ -93,38 +160,6 @@ def head(params: Params) -> jax.Array:
 
 
 # ---- train form ------------------------------------------------------------------------------
-
-
-_BLOCK = 256  # queries whose attention scores exist at one time
-
-
-def tree_mask(groups_RT: jax.Array, branches_RT: jax.Array, start: int, stop: int) -> jax.Array:
-    """bool [R, stop - start, stop]: which slots before `stop` each slot from `start` on sees.
-
-    A token sees earlier tokens of its own branch and of its group's prompt (branch 0). Slots and
-    positions order alike within a branch, so slots give the causal order.
-    """
-    group_Rq1, group_R1s = groups_RT[:, start:stop, None], groups_RT[:, None, :stop]
-    branch_Rq1, branch_R1s = branches_RT[:, start:stop, None], branches_RT[:, None, :stop]
-    causal_qs = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
-    related_Rqs = (branch_R1s == 0) | (branch_R1s == branch_Rq1)
-    return causal_qs & (group_Rq1 == group_R1s) & related_Rqs & (group_Rq1 > 0)
-
-
-def tree_attention(
-    q_RTNH: jax.Array,
-    k_RTKH: jax.Array,
-    v_RTKH: jax.Array,
-    groups_RT: jax.Array,
-    branches_RT: jax.Array,
-) -> jax.Array:
-    """Attention of packed rows, a block of queries at a time: half of the square is never made."""
-    T, mixed = q_RTNH.shape[1], []
-    for start in range(0, T, _BLOCK):
-        stop = min(start + _BLOCK, T)
-        mask_RqS = tree_mask(groups_RT, branches_RT, start, stop)
-        mixed.append(attention(q_RTNH[:, start:stop], k_RTKH[:, :stop], v_RTKH[:, :stop], mask_RqS))
-    return jnp.concatenate(mixed, axis=1)
 
 
 def hidden_states(
@@ -141,7 +176,7 @@ def hidden_states(
     """Final, normed hidden states [R, T, D] of packed rows (see `grpo.structs.Batch`).
 
     Args:
-      params: the train form.
+      params: the train form; its layers may be `Summed` (grpo/model/stack.py).
       arch: shape of the model.
       tokens_RT: int32 ids.
       positions_RT: int32.
@@ -152,18 +187,38 @@ def hidden_states(
         "attn": all but the attention outputs, "products": all but the matrix products.
     """
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        mixed = tree_attention(q, k, v, groups_RT, branches_RT)
-        return checkpoint_name(mixed, "attn_out"), None
+    shared, own = _scannable(layers_of(arch))
 
-    def layer(x_RTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-        return block(weights, shard(x_RTD, "batch", None, None), positions_RT, arch, attend)
+    def one(x_RTD: jax.Array, weights: Params, own: dict[str, Any]) -> jax.Array:
+        layer = Layer(**shared, **own)
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            mixed = tree_attention(
+                q, k, v, groups_RT, branches_RT, positions_RT, layer.window, arch.score_cap
+            )
+            return checkpoint_name(mixed, "attn_out"), None
+
+        x_RTD = shard(x_RTD, "batch", None, None)
+        return block(weights, x_RTD, positions_RT, arch, layer, attend)[0]
 
     if remat != "none":
-        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x_RTD = shard(params["embed"].astype(dtype)[tokens_RT], "batch", None, None)
-    x_RTD, _ = jax.lax.scan(layer, x_RTD, params["layers"])
-    return rms_norm(x_RTD, params["final_norm"].astype(dtype), arch.norm_eps)
+        one = jax.checkpoint(one, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    x_RTD = shard(embed(params["embed"].astype(dtype), tokens_RT, arch), "batch", None, None)
+    x_RTD = scan_layers(one, x_RTD, params["layers"], own)
+    return rms_norm(x_RTD, params["final_norm"].astype(dtype), arch.norm_eps, arch.norm_offset)
+
+
+def _scannable(layers: list[Layer]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What all layers share, as it is, and what they do not, stacked for the scan."""
+    shared, own = {}, {}
+    for name in Layer._fields:
+        values = [getattr(layer, name) for layer in layers]
+        if all(np.array_equal(value, values[0]) for value in values):
+            shared[name] = values[0]
+        else:  # no window is one that is never left
+            everything = np.int32(np.iinfo(np.int32).max)
+            own[name] = np.stack([everything if value is None else value for value in values])
+    return shared, own
 
 
 # ---- decode form -----------------------------------------------------------------------------
@@ -223,75 +278,21 @@ def prefill(weights: Params, arch: Arch, tokens_RQ: jax.Array) -> list[KV]:
     positions_RQ = jnp.broadcast_to(jnp.arange(tokens_RQ.shape[1]), tokens_RQ.shape)
     causal_RQQ = positions_RQ[:, :, None] >= positions_RQ[:, None, :]
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KV]:
-        return attention(q, k, v, causal_RQQ), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None
+    ) -> tuple[jax.Array, KV]:
+        mask_RQQ = causal_RQQ
+        if window is not None:
+            mask_RQQ = causal_RQQ & within(window, positions_RQ, positions_RQ)
+        mixed = attention(q, k, v, mask_RQQ, arch.score_cap)
+        return mixed, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-    x_RQD, cache = weights["embed"][tokens_RQ], []
-    for layer in weights["layers"]:
-        x_RQD, kv = block(layer, x_RQD, positions_RQ, arch, attend)
+    x_RQD, cache = embed(weights["embed"], tokens_RQ, arch), []
+    for layer_weights, layer in zip(weights["layers"], layers_of(arch), strict=True):
+        attend_here = functools.partial(attend, window=layer.window)
+        x_RQD, kv = block(layer_weights, x_RQD, positions_RQ, arch, layer, attend_here)
         cache.append(kv)
     return cache
-
-
-def shared_prefix_attention(
-    q_BTNH: jax.Array,
-    prompt: KV,
-    prompt_len_P: jax.Array,
-    own: KV,
-    visible_BTS: jax.Array,
-) -> jax.Array:
-    """Attention over a prompt that G sequences share and over what each wrote itself.
-
-    Scores of the two parts are normalised together, so the result is that of one softmax over
-    both. The prompt's keys and values are read once for all G, not once for each.
-
-    Args:
-      q_BTNH: queries of B = P * G sequences; rows p * G to (p + 1) * G share prompt p.
-      prompt: keys and values [P, K, Q, H].
-      prompt_len_P: how much of each prompt there is.
-      own: keys and values [B, K, S, H].
-      visible_BTS: which of its own slots each query sees; at least one.
-    """
-    B, T, N, H = q_BTNH.shape
-    P, K, Q, _ = prompt[0].shape
-    n = N // K  # query heads a key/value head
-    q_BTNH = q_BTNH * H**-0.5
-    q_BTKnH = q_BTNH.reshape(B, T, K, n, H)
-    q_BKmH = jnp.moveaxis(q_BTKnH, 2, 1).reshape(B, K, T * n, H)
-    q_PKgH = jnp.moveaxis(q_BTNH.reshape(P, -1, T, K, n, H), 3, 1).reshape(P, K, -1, H)
-
-    def scores(q: jax.Array, k: jax.Array) -> jax.Array:
-        return jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32)
-
-    def mixed(weight: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.einsum("bkqs,bksh->bkqh", weight.astype(v.dtype), v)
-
-    low = jnp.finfo(jnp.float32).min
-    there_P11Q = (jnp.arange(Q) < prompt_len_P[:, None])[:, None, None]
-    scores_PKgQ = jnp.where(there_P11Q, scores(q_PKgH, prompt[0]), low)
-    seen_BKmS = jnp.repeat(visible_BTS, n, axis=1)[:, None]
-    scores_BKmS = jnp.where(seen_BKmS, scores(q_BKmH, own[0]), low)
-
-    def per_sequence(x_PKgX: jax.Array) -> jax.Array:
-        """[P, K, G * T * n, ...] -> [B, K, T * n, ...]."""
-        split = x_PKgX.reshape(P, K, B // P, T * n, -1)
-        return jnp.moveaxis(split, 2, 1).reshape(B, K, T * n, -1)
-
-    def per_prompt(x_BKmX: jax.Array) -> jax.Array:
-        split = x_BKmX.reshape(P, B // P, K, T * n, -1)
-        return jnp.moveaxis(split, 2, 1).reshape(P, K, (B // P) * T * n, -1)
-
-    top_BKm1 = jnp.maximum(
-        per_sequence(scores_PKgQ.max(-1, keepdims=True)), scores_BKmS.max(-1, keepdims=True)
-    )
-    weight_PKgQ = jnp.where(there_P11Q, jnp.exp(scores_PKgQ - per_prompt(top_BKm1)), 0.0)
-    weight_BKmS = jnp.exp(scores_BKmS - top_BKm1)
-    total_BKm1 = per_sequence(weight_PKgQ.sum(-1, keepdims=True)) + weight_BKmS.sum(
-        -1, keepdims=True
-    )
-    out_BKmH = per_sequence(mixed(weight_PKgQ, prompt[1])) + mixed(weight_BKmS, own[1])
-    out_BKTnH = (out_BKmH / total_BKm1).reshape(B, K, T, n, H)
-    return jnp.moveaxis(out_BKTnH, 2, 1).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
 def decode_step(
@@ -317,8 +318,9 @@ def decode_step(
     B, T = tokens_BT.shape
     length = jax.tree.leaves(cache[0])[0].shape[2]
     slot_BT = written_B[:, None] + jnp.arange(T)
-    visible_BTS = jnp.arange(length) <= slot_BT[..., None]
-    position_BT = jnp.repeat(prompt_len_P, B // len(prompt_len_P))[:, None] + slot_BT
+    written_BTS = jnp.arange(length) <= slot_BT[..., None]
+    prompt_len_B1 = jnp.repeat(prompt_len_P, B // len(prompt_len_P))[:, None]
+    position_BT = prompt_len_B1 + slot_BT
     rows_B1 = jnp.arange(B)[:, None]
 
     def put(cache_BKSH: Stored, new_BTKH: jax.Array) -> Stored:
@@ -330,17 +332,28 @@ def decode_step(
         )
 
     def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, *, prompt: Cache, own: Cache
+        q: jax.Array, k: jax.Array, v: jax.Array, *, prompt: Cache, own: Cache, window: int | None
     ) -> tuple[jax.Array, Cache]:
         own = put(own[0], k), put(own[1], v)
         prompt_kv, own_kv = _read(prompt, q.dtype), _read(own, q.dtype)
-        return shared_prefix_attention(q, prompt_kv, prompt_len_P, own_kv, visible_BTS), own
+        visible_BTS, prompt_visible_BTQ = written_BTS, None
+        if window is not None:
+            own_BS = prompt_len_B1 + jnp.arange(length)
+            prompt_1Q = jnp.arange(prompt_kv[0].shape[2])[None]
+            visible_BTS = written_BTS & within(window, position_BT, own_BS)
+            prompt_visible_BTQ = within(window, position_BT, prompt_1Q)
+        mixed = shared_prefix_attention(
+            q, prompt_kv, prompt_len_P, own_kv, visible_BTS, prompt_visible_BTQ, arch.score_cap
+        )
+        return mixed, own
 
-    x_BTD, written = weights["embed"][tokens_BT], []
-    for layer, prompt, own in zip(weights["layers"], prompts, cache, strict=True):
-        attend_here = functools.partial(attend, prompt=prompt, own=own)
-        x_BTD, kept = block(layer, x_BTD, position_BT, arch, attend_here)
+    x_BTD, written = embed(weights["embed"], tokens_BT, arch), []
+    for layer_weights, layer, prompt, own in zip(
+        weights["layers"], layers_of(arch), prompts, cache, strict=True
+    ):
+        attend_here = functools.partial(attend, prompt=prompt, own=own, window=layer.window)
+        x_BTD, kept = block(layer_weights, x_BTD, position_BT, arch, layer, attend_here)
         written.append(kept)
-    x_BTD = rms_norm(x_BTD, weights["final_norm"], arch.norm_eps)
+    x_BTD = rms_norm(x_BTD, weights["final_norm"], arch.norm_eps, arch.norm_offset)
     logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, head(weights), preferred_element_type=jnp.float32)
-    return logits_BTV, written
+    return capped(logits_BTV, arch.logit_cap), written

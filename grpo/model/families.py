@@ -1,17 +1,20 @@
-"""Model families: from what a checkpoint says of itself to our `Arch` and our parameter names.
+"""Model families: from the `config.json` of a checkpoint to our `Arch` and our parameter names.
 
-A family is one function for each kind of file and one table of names for each. A new family adds
-its entries below; what our decoder cannot compute is refused here, before any weight is read.
+A family is one function and, where it names its tensors otherwise, one table of names. What our
+decoder cannot compute is refused here, before any weight is read; what GGUF files say of
+themselves is read in `grpo.model.families_gguf`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from grpo.model.arch import Arch
+from grpo.model.fields import Fields
+from grpo.model.rope import Linear, Llama3, Scaling, Yarn
 
-# Ours -> theirs. Names under "layers/" have one tensor for each layer.
+# Ours -> theirs. Names under "layers/" have one tensor for each layer. A model has those of the
+# tensors that its parameter table lists.
 HF_LLAMA_NAMES: Mapping[str, str] = {
     "embed": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
@@ -20,6 +23,11 @@ HF_LLAMA_NAMES: Mapping[str, str] = {
     "layers/q": "model.layers.{layer}.self_attn.q_proj.weight",
     "layers/k": "model.layers.{layer}.self_attn.k_proj.weight",
     "layers/v": "model.layers.{layer}.self_attn.v_proj.weight",
+    "layers/q_bias": "model.layers.{layer}.self_attn.q_proj.bias",
+    "layers/k_bias": "model.layers.{layer}.self_attn.k_proj.bias",
+    "layers/v_bias": "model.layers.{layer}.self_attn.v_proj.bias",
+    "layers/q_norm": "model.layers.{layer}.self_attn.q_norm.weight",
+    "layers/k_norm": "model.layers.{layer}.self_attn.k_norm.weight",
     "layers/o": "model.layers.{layer}.self_attn.o_proj.weight",
     "layers/mlp_norm": "model.layers.{layer}.post_attention_layernorm.weight",
     "layers/gate": "model.layers.{layer}.mlp.gate_proj.weight",
@@ -27,149 +35,305 @@ HF_LLAMA_NAMES: Mapping[str, str] = {
     "layers/down": "model.layers.{layer}.mlp.down_proj.weight",
 }
 
-GGUF_LLAMA_NAMES: Mapping[str, str] = {
-    "embed": "token_embd.weight",
-    "final_norm": "output_norm.weight",
-    "head": "output.weight",
-    "layers/attn_norm": "blk.{layer}.attn_norm.weight",
-    "layers/q": "blk.{layer}.attn_q.weight",
-    "layers/k": "blk.{layer}.attn_k.weight",
-    "layers/v": "blk.{layer}.attn_v.weight",
-    "layers/o": "blk.{layer}.attn_output.weight",
-    "layers/mlp_norm": "blk.{layer}.ffn_norm.weight",
-    "layers/gate": "blk.{layer}.ffn_gate.weight",
-    "layers/up": "blk.{layer}.ffn_up.weight",
-    "layers/down": "blk.{layer}.ffn_down.weight",
+# With four norms a layer, the one "after attention" is no longer the one before the MLP.
+HF_SANDWICH_NAMES: Mapping[str, str] = {
+    **HF_LLAMA_NAMES,
+    "layers/post_attn_norm": "model.layers.{layer}.post_attention_layernorm.weight",
+    "layers/mlp_norm": "model.layers.{layer}.pre_feedforward_layernorm.weight",
+    "layers/post_mlp_norm": "model.layers.{layer}.post_feedforward_layernorm.weight",
 }
+
+# What a config.json may say that changes nothing of what the model computes.
+_HARMLESS = frozenset(
+    """
+    _name_or_path architectures attn_implementation bos_token_id cache_implementation
+    chunk_size_feed_forward do_sample dtype eos_token_id id2label initializer_range is_llama_config
+    label2id max_length model_type name_or_path pad_token_id pretraining_tp repetition_penalty
+    return_dict task_specific_params temperature top_k top_p torch_dtype transformers.js_config
+    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache
+    """.split()
+)
+
+
+def hf_names(arch: Arch) -> Mapping[str, str]:
+    """Our parameter paths -> the names of tensors in a Hugging Face folder of this model."""
+    return HF_SANDWICH_NAMES if arch.sandwich_norm else HF_LLAMA_NAMES
 
 
 def arch_from_hf(config: Mapping[str, Any]) -> Arch:
     """The shape that a Hugging Face `config.json` describes.
 
-    Raises:
-      ValueError: the model is of a family, or uses a feature, that this decoder does not have, or
-        a field is missing; the message names the field and what is supported.
-    """
-    family = str(config.get("model_type"))
-    if family not in _FROM_HF:
-        raise _unsupported("config.json", "model_type", family, sorted(_FROM_HF))
-    return _FROM_HF[family](config)
-
-
-def arch_from_gguf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Arch:
-    """The shape that a GGUF file describes.
-
-    Args:
-      fields: the file's metadata, values as plain Python objects.
-      shapes: tensor name -> shape, slowest axis first (the reverse of GGUF's own order). The
-        size of the vocabulary and whether the head is tied can only be read from here.
+    Absent fields mean what the family's configuration class of `transformers` takes them to mean.
 
     Raises:
-      ValueError: as `arch_from_hf`.
+      ValueError: the model is of a family, or uses a feature, that this decoder does not have, a
+        field is missing, or one is there that nobody here knows; the message names the field.
     """
-    family = str(fields.get("general.architecture"))
-    if family not in _FROM_GGUF:
-        raise _unsupported("GGUF metadata", "general.architecture", family, sorted(_FROM_GGUF))
-    return _FROM_GGUF[family](fields, shapes)
+    fields = Fields("config.json", config)
+    family = str(fields.get("model_type"))
+    if family not in _FAMILIES:
+        raise fields.unsupported("model_type", family, sorted(_FAMILIES))
+    model_class, read = _FAMILIES[family]
+    architectures = fields.get("architectures", [model_class])
+    if model_class not in architectures:
+        raise fields.unsupported("architectures", architectures, [model_class])
+    fields.only("attention_dropout", 0.0)
+    fields.only("quantization_config")
+    arch = read(fields)
+    fields.nothing_else(_HARMLESS)
+    return arch
 
 
-def _llama_from_hf(config: Mapping[str, Any]) -> Arch:
-    where = "config.json"
-    # Absent fields mean what LlamaConfig of `transformers` takes them to mean.
-    _require(where, config, "hidden_act", ("silu",), default="silu")
-    for field in ("attention_bias", "mlp_bias"):
-        _require(where, config, field, (False,), default=False)
-    for field in ("sliding_window", "quantization_config"):
-        _require(where, config, field, (None,), default=None)
-    if "LlamaForCausalLM" not in (config.get("architectures") or ["LlamaForCausalLM"]):
-        raise _unsupported(where, "architectures", config["architectures"], ["LlamaForCausalLM"])
+def _llama(fields: Fields) -> Arch:
+    """Llama 2 and 3, SmolLM 2, DeepSeek-R1-Distill-Llama."""
+    fields.only("attention_bias", False)
+    fields.only("mlp_bias", False)
+    return Arch(**_sizes(fields, max_positions=2048), **_rope(fields))
 
-    width = _get(where, config, "hidden_size")
-    num_heads = _get(where, config, "num_attention_heads")
+
+def _mistral(fields: Fields) -> Arch:
+    """Mistral 7B and Nemo; in the first version every layer is a sliding one."""
+    window = fields.nullable("sliding_window", 4096)
+    kinds = ("sliding",) * fields.need("num_hidden_layers")
     return Arch(
-        vocab_size=_get(where, config, "vocab_size"),
-        width=width,
-        mlp_width=_get(where, config, "intermediate_size"),
-        num_layers=_get(where, config, "num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=config.get("num_key_value_heads") or num_heads,
-        head_width=config.get("head_dim") or width // num_heads,
-        rope_theta=_hf_rope_theta(config),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tied_head=bool(config.get("tie_word_embeddings", False)),
-        max_positions=int(config.get("max_position_embeddings", 2048)),
+        **_sizes(fields, max_positions=131_072),
+        **_rope(fields),
+        layer_types=kinds if window else (),
+        window=window,
     )
 
 
-def _hf_rope_theta(config: Mapping[str, Any]) -> float:
-    """Base of the rotary frequencies; refuses every kind of scaled rotary positions.
+def _qwen2(fields: Fields) -> Arch:
+    """Qwen 2 and 2.5, DeepSeek-R1-Distill-Qwen."""
+    return Arch(
+        **_sizes(fields, max_positions=32_768),
+        **_rope(fields),
+        **_qwen_layers(fields),
+        qkv_bias=True,
+    )
+
+
+def _qwen3(fields: Fields) -> Arch:
+    fields.only("attention_bias", False)
+    return Arch(
+        **_sizes(fields, max_positions=32_768, head_width=128),
+        **_rope(fields),
+        **_qwen_layers(fields),
+        qk_norm=True,
+    )
+
+
+def _qwen_layers(fields: Fields) -> dict[str, Any]:
+    """Sliding layers from `max_window_layers` on, if they are switched on at all."""
+    window, first = fields.get("sliding_window", 4096), fields.get("max_window_layers", 28)
+    if not fields.get("use_sliding_window", False):
+        window = None
+    L = fields.need("num_hidden_layers")
+    slides = [window is not None and layer >= first for layer in range(L)]
+    return _layer_types(fields, slides, window)
+
+
+def _smollm3(fields: Fields) -> Arch:
+    """Every fourth layer has no positions (arXiv:2501.18795)."""
+    for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        fields.only(name, False)
+    for name in ("sliding_window", "max_window_layers"):
+        fields.get(name)  # both mean nothing then
+    L, every = fields.need("num_hidden_layers"), fields.get("no_rope_layer_interval", 4)
+    default = [(layer + 1) % every != 0 for layer in range(L)]
+    rotated = fields.get("no_rope_layers", default)[:L]
+    if any(kind != "full_attention" for kind in fields.get("layer_types", ())):
+        raise fields.unsupported("layer_types", fields.get("layer_types"), ["full_attention"])
+    kinds = tuple("global" if yes else "unrotated" for yes in rotated)
+    return Arch(
+        **_sizes(fields, max_positions=32_768, tied=True),
+        **_rope(fields, theta=2_000_000.0),
+        layer_types=kinds if "unrotated" in kinds else (),
+    )
+
+
+def _gemma2(fields: Fields) -> Arch:
+    L = fields.need("num_hidden_layers")
+    slides = [layer % 2 == 0 for layer in range(L)]
+    return Arch(
+        **_gemma(fields),
+        **_rope(fields),
+        **_layer_types(fields, slides, fields.nullable("sliding_window", 4096)),
+        score_cap=_cap(fields, "attn_logit_softcapping", 50.0),
+        logit_cap=_cap(fields, "final_logit_softcapping", 30.0),
+    )
+
+
+def _gemma3(fields: Fields) -> Arch:
+    """The text models; five layers of six slide, with a rotary base of their own."""
+    L = fields.need("num_hidden_layers")
+    every = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
+    slides = [(layer + 1) % every != 0 for layer in range(L)]
+    # `transformers` has these two in the configuration, and no code that reads the first.
+    fields.only("attn_logit_softcapping")
+    layers = _layer_types(fields, slides, fields.nullable("sliding_window", 4096))
+    # In its new form, one description of rotary positions for each type of layer.
+    both = fields.get("rope_parameters", {})
+    if unknown := set(both) - {"full_attention", "sliding_attention"}:
+        raise fields.unsupported(
+            "rope_parameters", both, [f"full_attention and sliding_attention, not {unknown}"]
+        )
+    local = Fields("config.json: rope_parameters of sliding_attention", _of(both, "sliding"))
+    local.only("rope_type", "default")
+    local_theta = local.get("rope_theta", fields.get("rope_local_base_freq", 10_000.0))
+    local.nothing_else()
+    theta, scaling = _read_rope(
+        fields,
+        {**fields.get("rope_scaling", {}), **_of(both, "full")},
+        fields.get("rope_theta", 1_000_000.0),
+    )
+    return Arch(
+        **_gemma(fields),
+        **layers,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        local_rope_theta=float(local_theta) if layers else None,
+        qk_norm=True,
+        logit_cap=_cap(fields, "final_logit_softcapping", None),
+    )
+
+
+def _of(both: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    return both.get(f"{kind}_attention") or {}
+
+
+def _cap(fields: Fields, name: str, default: float | None) -> float | None:
+    value = fields.nullable(name, default)
+    return None if value is None else float(value)
+
+
+def _gemma(fields: Fields) -> dict[str, Any]:
+    """What Gemma 2 and 3 have in common."""
+    fields.only("attention_bias", False)
+    fields.only("use_bidirectional_attention", False)
+    sizes = _sizes(
+        fields,
+        max_positions=8192,
+        head_width=256,
+        tied=True,
+        activations=("hidden_activation", "hidden_act"),
+    )
+    scalar = float(fields.get("query_pre_attn_scalar", 256))
+    return {
+        **sizes,
+        "query_scale": None if scalar == sizes["head_width"] else scalar**-0.5,
+        "norm_offset": 1.0,
+        "sandwich_norm": True,
+        "embed_scale": sizes["width"] ** 0.5,
+        "activation": "gelu_tanh",
+    }
+
+
+def _sizes(
+    fields: Fields,
+    *,
+    max_positions: int,
+    head_width: int | None = None,
+    tied: bool = False,
+    activations: tuple[str, ...] = ("hidden_act",),
+) -> dict[str, Any]:
+    """The numbers every family gives; the arguments are what their absence means."""
+    expected = "gelu_pytorch_tanh" if "hidden_activation" in activations else "silu"
+    for name in activations:
+        fields.only(name, expected)
+    width, num_heads = fields.need("hidden_size"), fields.need("num_attention_heads")
+    return {
+        "vocab_size": fields.need("vocab_size"),
+        "width": width,
+        "mlp_width": fields.need("intermediate_size"),
+        "num_layers": fields.need("num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": fields.get("num_key_value_heads", num_heads),
+        "head_width": fields.get("head_dim", head_width or width // num_heads),
+        "norm_eps": float(fields.get("rms_norm_eps", 1e-6)),
+        "tied_head": bool(fields.get("tie_word_embeddings", tied)),
+        "max_positions": int(fields.get("max_position_embeddings", max_positions)),
+    }
+
+
+def _layer_types(fields: Fields, slides: list[bool], window: int | None) -> dict[str, Any]:
+    """Which layers slide: as the config lists them, else as `slides` has it."""
+    theirs = {"full_attention": "global", "sliding_attention": "sliding"}
+    listed = fields.get("layer_types")
+    if listed is None:
+        kinds = tuple("sliding" if yes else "global" for yes in slides)
+    elif unknown := set(listed) - theirs.keys():
+        raise fields.unsupported("layer_types", sorted(unknown)[0], sorted(theirs))
+    elif len(listed) != len(slides):
+        raise ValueError(
+            f"config.json: layer_types names {len(listed)} layers, num_hidden_layers is "
+            f"{len(slides)}"
+        )
+    else:
+        kinds = tuple(theirs[kind] for kind in listed)
+    if "sliding" not in kinds or (listed is None and window is None):
+        return {}
+    return {"layer_types": kinds, "window": window}
+
+
+def _rope(fields: Fields, theta: float = 10_000.0) -> dict[str, Any]:
+    """Base and scaling of the rotary frequencies.
 
     `transformers` 5 moved `rope_theta` and the old `rope_scaling` into `rope_parameters`.
     """
-    theta = config.get("rope_theta", 10_000.0)
-    for field in ("rope_scaling", "rope_parameters"):
-        rope = config.get(field) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise _unsupported("config.json", field, rope, ["none", "rope_type 'default'"])
-        partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-        if partial != 1.0:
-            raise _unsupported("config.json", "partial_rotary_factor", partial, [1.0])
-        theta = rope.get("rope_theta", theta)
-    return float(theta)
+    rope = {**fields.get("rope_scaling", {}), **fields.get("rope_parameters", {})}
+    base, scaling = _read_rope(fields, rope, fields.get("rope_theta", theta))
+    return {"rope_theta": base, "rope_scaling": scaling}
 
 
-def _llama_from_gguf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Arch:
-    where = "GGUF metadata"
-    _require(where, fields, "llama.rope.scaling.type", ("none",), default="none")
-    _require(where, fields, "llama.expert_count", (0,), default=0)
-    if "rope_freqs.weight" in shapes:  # llama.cpp's form of Llama 3.1's scaled frequencies
-        raise _unsupported("GGUF file", "tensor rope_freqs.weight", "scaled rope", ["plain rope"])
-    if "token_embd.weight" not in shapes:
-        raise ValueError("GGUF file: tensor token_embd.weight is missing")
+def _read_rope(
+    fields: Fields, description: Mapping[str, Any], theta: float
+) -> tuple[float, Scaling | None]:
+    rope = Fields("config.json: rope_scaling", description)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope.get("type")
+    theta = float(rope.get("rope_theta", theta))
+    rope.only("partial_rotary_factor", 1.0)
+    fields.only("partial_rotary_factor", 1.0)
+    longest = fields.get("max_position_embeddings")
+    if kind == "default":
+        scaling: Scaling | None = None
+    elif kind == "linear":
+        scaling = Linear(float(rope.need("factor")))
+    elif kind == "llama3":
+        scaling = Llama3(
+            factor=float(rope.need("factor")),
+            low=float(rope.need("low_freq_factor")),
+            high=float(rope.need("high_freq_factor")),
+            original_positions=rope.get("original_max_position_embeddings", longest),
+        )
+    elif kind == "yarn":
+        scaling = _yarn(rope, longest)
+    else:
+        raise rope.unsupported("rope_type", kind, ["default", "linear", "llama3", "yarn"])
+    rope.nothing_else(("original_max_position_embeddings",) if kind == "linear" else ())
+    return theta, scaling
 
-    width = _get(where, fields, "llama.embedding_length")
-    num_heads = _get(where, fields, "llama.attention.head_count")
-    head_width = fields.get("llama.attention.key_length", width // num_heads)
-    for field in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        _require(where, fields, field, (head_width,), default=head_width)
-    # The file keeps the epsilon in float32: 1e-5 reads back as 9.999999747e-06.
-    eps = np.float32(_get(where, fields, "llama.attention.layer_norm_rms_epsilon"))
-    return Arch(
-        vocab_size=shapes["token_embd.weight"][0],
-        width=width,
-        mlp_width=_get(where, fields, "llama.feed_forward_length"),
-        num_layers=_get(where, fields, "llama.block_count"),
-        num_heads=num_heads,
-        num_kv_heads=fields.get("llama.attention.head_count_kv", num_heads),
-        head_width=head_width,
-        rope_theta=float(fields.get("llama.rope.freq_base", 10_000.0)),
-        norm_eps=float(str(eps)),
-        tied_head="output.weight" not in shapes,
-        max_positions=_get(where, fields, "llama.context_length"),
+
+def _yarn(rope: Fields, longest: int) -> Yarn:
+    factor = float(rope.need("factor"))
+    gain = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    return Yarn(
+        factor=factor,
+        slow=float(rope.get("beta_slow", 1)),
+        fast=float(rope.get("beta_fast", 32)),
+        original_positions=rope.get("original_max_position_embeddings", longest),
+        gain=float(rope.get("attention_factor", gain)),
+        whole_pairs=bool(rope.get("truncate", True)),
     )
 
 
-_FROM_HF: Mapping[str, Callable[[Mapping[str, Any]], Arch]] = {"llama": _llama_from_hf}
-_FROM_GGUF: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Arch]] = {
-    "llama": _llama_from_gguf
+_FAMILIES: Mapping[str, tuple[str, Callable[[Fields], Arch]]] = {
+    "gemma2": ("Gemma2ForCausalLM", _gemma2),
+    "gemma3_text": ("Gemma3ForCausalLM", _gemma3),
+    "llama": ("LlamaForCausalLM", _llama),
+    "mistral": ("MistralForCausalLM", _mistral),
+    "qwen2": ("Qwen2ForCausalLM", _qwen2),
+    "qwen3": ("Qwen3ForCausalLM", _qwen3),
+    "smollm3": ("SmolLM3ForCausalLM", _smollm3),
 }
-
-
-def _get(where: str, fields: Mapping[str, Any], name: str) -> Any:
-    if fields.get(name) is None:
-        raise ValueError(f"{where}: field {name!r} is missing")
-    return fields[name]
-
-
-def _require(
-    where: str, fields: Mapping[str, Any], name: str, supported: tuple[Any, ...], default: Any
-) -> None:
-    value = fields.get(name, default)
-    if value not in supported:
-        raise _unsupported(where, name, value, supported)
-
-
-def _unsupported(where: str, name: str, value: Any, supported: Any) -> ValueError:
-    listed = ", ".join(repr(v) if not isinstance(v, str) else v for v in supported)
-    return ValueError(f"{where}: {name} is {value!r}, which is not supported; supported: {listed}")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo.model.arch import Arch
+from grpo.model.attention import capped
 from grpo.model.decoder import head, hidden_states
 from grpo.model.params import Params
 from grpo.structs import Batch
@@ -20,6 +21,7 @@ def chunked_logprobs(
     *,
     temperature: float,
     chunk: int,
+    logit_cap: float | None = None,
 ) -> Pair:
     """log pi(target) and the entropy of pi, both [R, C] float32 nats.
 
@@ -41,7 +43,7 @@ def chunked_logprobs(
         logits_RcV = jnp.einsum(
             "rcd,dv->rcv", hidden_RcD, weight, preferred_element_type=jnp.float32
         )
-        logits_RcV = logits_RcV / temperature
+        logits_RcV = capped(logits_RcV, logit_cap) / temperature
         top_Rc1 = jax.lax.stop_gradient(logits_RcV.max(axis=-1, keepdims=True))
         weight_RcV = jnp.exp(logits_RcV - top_Rc1)
         total_Rc = weight_RcV.sum(axis=-1)
@@ -88,5 +90,10 @@ def completion_logprobs(
     )
     hidden_RCD = jnp.take_along_axis(hidden_RTD, batch.contexts_RC[..., None], axis=1)
     return chunked_logprobs(
-        hidden_RCD, head(params), batch.targets_RC, temperature=temperature, chunk=chunk
+        hidden_RCD,
+        head(params),
+        batch.targets_RC,
+        temperature=temperature,
+        chunk=chunk,
+        logit_cap=arch.logit_cap,
     )

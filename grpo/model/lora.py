@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo.model.linear import Adapted
-from grpo.model.params import INPUT_AXES, Params, ParamSpec, matrix_spec
+from grpo.model.params import MATRICES, Params, ParamSpec, matrix_spec
 from grpo.model.quantise import Quantised, dequantise
 
 
@@ -24,7 +24,7 @@ def target_names(table: Mapping[str, Any], patterns: Sequence[str]) -> tuple[str
     Raises:
       ValueError: a pattern matches none.
     """
-    names = [name for name in table["layers"] if name in INPUT_AXES]
+    names = [name for name in table["layers"] if name in MATRICES]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"lora.targets: {pattern!r} matches no matrix; there are {names}")
@@ -35,7 +35,7 @@ def adapter_table(table: Mapping[str, Any], rank: int, names: Sequence[str]) -> 
     """The parameter table of the adapters: a [L, D, r] and b [L, r, F] for each named matrix."""
 
     def pair(name: str) -> dict[str, ParamSpec]:
-        matrix = matrix_spec(table["layers"][name], INPUT_AXES[name])
+        matrix = matrix_spec(table["layers"][name], MATRICES[name])
         (L, D, F), (layer, inputs, outputs) = matrix.shape, matrix.axes
         return {
             # Drawn as wide as `peft` draws: uniformly within D ** -0.5, a variance of 1 / 3D.

@@ -14,7 +14,7 @@ Params = dict[str, Any]  # nested dict of arrays, as `param_table` names them
 
 # The matrices of a layer, and how many of their leading axes (the layer's own left out) are summed
 # over in a product; the rest are its outputs.
-INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+MATRICES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,8 @@ class ParamSpec:
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    fan_in: int  # initial standard deviation is fan_in ** -0.5; 0 means ones (norm scales)
+    fan_in: int  # initial standard deviation is fan_in ** -0.5; 0: starts as `fill` everywhere
+    fill: float = 1.0
 
 
 def param_table(arch: Arch) -> dict[str, Any]:
@@ -35,21 +36,31 @@ def param_table(arch: Arch) -> dict[str, Any]:
     """
     V, D, F, L = arch.vocab_size, arch.width, arch.mlp_width, arch.num_layers
     N, K, H = arch.num_heads, arch.num_kv_heads, arch.head_width
+    unit = 1.0 - arch.norm_offset  # the scale with which a norm only norms
     table: dict[str, Any] = {
         "embed": ParamSpec((V, D), ("vocab", "embed"), D),
-        "final_norm": ParamSpec((D,), (None,), 0),
+        "final_norm": ParamSpec((D,), (None,), 0, unit),
         "layers": {
-            "attn_norm": ParamSpec((L, D), ("layer", None), 0),
+            "attn_norm": ParamSpec((L, D), ("layer", None), 0, unit),
             "q": ParamSpec((L, D, N, H), ("layer", "embed", "heads", None), D),
             "k": ParamSpec((L, D, K, H), ("layer", "embed", "kv_heads", None), D),
             "v": ParamSpec((L, D, K, H), ("layer", "embed", "kv_heads", None), D),
             "o": ParamSpec((L, N, H, D), ("layer", "heads", None, "embed"), N * H * 2 * L),
-            "mlp_norm": ParamSpec((L, D), ("layer", None), 0),
+            "mlp_norm": ParamSpec((L, D), ("layer", None), 0, unit),
             "gate": ParamSpec((L, D, F), ("layer", "embed", "mlp"), D),
             "up": ParamSpec((L, D, F), ("layer", "embed", "mlp"), D),
             "down": ParamSpec((L, F, D), ("layer", "mlp", "embed"), F * 2 * L),
         },
     }
+    if arch.qkv_bias:
+        for name, heads, axis in (("q", N, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")):
+            table["layers"][f"{name}_bias"] = ParamSpec((L, heads, H), ("layer", axis, None), 0, 0)
+    if arch.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            table["layers"][name] = ParamSpec((L, H), ("layer", None), 0, unit)
+    if arch.sandwich_norm:
+        for name in ("post_attn_norm", "post_mlp_norm"):
+            table["layers"][name] = ParamSpec((L, D), ("layer", None), 0, unit)
     if not arch.tied_head:
         table["head"] = ParamSpec((D, V), ("embed", "vocab"), D)
     return table
@@ -62,7 +73,9 @@ def map_table(fn: Callable[[ParamSpec], Any], table: Mapping[str, Any]) -> dict[
 
 def decode_table(table: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     """The table of a decode form: the stacked arrays become a list of one dict a layer."""
-    layer = map_table(lambda s: ParamSpec(s.shape[1:], s.axes[1:], s.fan_in), table["layers"])
+    layer = map_table(
+        lambda s: dataclasses.replace(s, shape=s.shape[1:], axes=s.axes[1:]), table["layers"]
+    )
     return {**table, "layers": [layer] * num_layers}
 
 
@@ -82,7 +95,7 @@ def init_params(arch: Arch, key: jax.Array) -> Params:
 
     def draw(number: int, spec: ParamSpec) -> jax.Array:
         if spec.fan_in == 0:
-            return jnp.ones(spec.shape, jnp.float32)
+            return jnp.full(spec.shape, spec.fill, jnp.float32)
         noise = jax.random.normal(jax.random.fold_in(key, number), spec.shape, jnp.float32)
         return noise / math.sqrt(spec.fan_in)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from grpo.model.params import INPUT_AXES, Params, ParamSpec, matrix_spec
+from grpo.model.params import MATRICES, Params, ParamSpec, matrix_spec
 
 LARGEST = {8: 127, 4: 7}  # bits -> the largest whole number
 BLOCK = 64  # inputs that share a scale, where a matrix is stored for good
@@ -98,7 +98,7 @@ def stored_as(name: str, weight: jax.Array, dtype: str) -> Any:
     """
     if dtype not in _BITS:
         return weight.astype(dtype)
-    if name not in INPUT_AXES:
+    if name not in MATRICES:
         return weight.astype(jnp.bfloat16)
     matrix_LDF = _matrix(name, weight)
     return quantise(matrix_LDF, -2, _block(matrix_LDF.shape[-2]), _BITS[dtype])
@@ -117,7 +117,7 @@ def stored_table(table: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         return dict(table)
 
     def spec_of(name: str, spec: ParamSpec) -> Quantised:
-        matrix = matrix_spec(spec, INPUT_AXES[name])
+        matrix = matrix_spec(spec, MATRICES[name])
         return _quantised_spec(matrix, _block(matrix.shape[-2]), _BITS[dtype])
 
     return _each_matrix(table, spec_of)
@@ -137,20 +137,20 @@ def int8_table(table: Mapping[str, Any]) -> dict[str, Any]:
     """The table of what `int8_matrices` makes."""
 
     def spec_of(name: str, spec: ParamSpec) -> Quantised:
-        matrix = matrix_spec(spec, INPUT_AXES[name])
+        matrix = matrix_spec(spec, MATRICES[name])
         return _quantised_spec(matrix, matrix.shape[-2], 8)
 
     return _each_matrix(table, spec_of)
 
 
 def _each_matrix(tree: Mapping[str, Any], fn: Callable[[str, Any], Any]) -> dict[str, Any]:
-    layers = {n: fn(n, leaf) if n in INPUT_AXES else leaf for n, leaf in tree["layers"].items()}
+    layers = {n: fn(n, leaf) if n in MATRICES else leaf for n, leaf in tree["layers"].items()}
     return {**tree, "layers": layers}
 
 
 def _matrix(name: str, weight: jax.Array) -> jax.Array:
     """[L, *in, *out] -> float32 [L, D, F]."""
-    outputs = weight.shape[1 + INPUT_AXES[name] :]
+    outputs = weight.shape[1 + MATRICES[name] :]
     return weight.astype(jnp.float32).reshape(weight.shape[0], -1, math.prod(outputs))
 
 

@@ -16,17 +16,18 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from grpo.model import families
+from grpo.model import families, families_gguf
 from grpo.model.arch import Arch
-from grpo.model.params import INPUT_AXES, Params, ParamSpec, param_table
+from grpo.model.params import MATRICES, Params, ParamSpec, param_table
 
 # What becomes of a finished array: (path such as "layers/q", its spec, float32 values) -> leaf.
 Put = Callable[[str, ParamSpec, np.ndarray], Any]
 
 # Both formats store a matrix as [outputs, inputs] and flatten heads. So a stored matrix is ours
-# with its first `n` axes (the inputs) flattened, the rest (the outputs) flattened, transposed.
+# with its first `n` axes (the inputs) flattened, the rest (the outputs) flattened, transposed; a
+# bias has outputs only.
 # Arrays not listed are stored as we keep them.
-_INPUT_AXES = {**INPUT_AXES, "head": 1}
+INPUT_AXES = {**MATRICES, "head": 1, "q_bias": 0, "k_bias": 0, "v_bias": 0}
 
 
 def read_arch(source: Path) -> Arch:
@@ -45,7 +46,7 @@ def read_arch(source: Path) -> Arch:
             for name, field in reader.fields.items()
             if not name.startswith("tokenizer.")
         }
-        return families.arch_from_gguf(fields, shapes)
+        return families_gguf.arch_from_gguf(fields, shapes)
     config = source / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{config} is missing: is {source} a Hugging Face model folder?")
@@ -66,9 +67,9 @@ def load_weights(source: Path, arch: Arch, put: Put | None = None) -> Params:
       FileNotFoundError: a file is missing.
       ValueError: a tensor is missing, unknown, of another shape or of an unsupported dtype.
     """
-    stored = _open_gguf(source, arch) if _is_gguf(source) else _open_safetensors(source)
+    stored = (_open_gguf if _is_gguf(source) else _open_safetensors)(source, arch)
     place: Put = put or (lambda path, spec, array: jnp.asarray(array))
-    table = dict(_flat_table(arch))
+    table = dict(flat_table(arch))
     _check_names(stored, table)
 
     params: Params = {"layers": {}}
@@ -91,7 +92,7 @@ class _Stored:
     read: Callable[[str], np.ndarray]  # float32 [outputs, inputs]
 
 
-def _flat_table(arch: Arch) -> Iterator[tuple[str, ParamSpec]]:
+def flat_table(arch: Arch) -> Iterator[tuple[str, ParamSpec]]:
     for name, entry in param_table(arch).items():
         if isinstance(entry, ParamSpec):
             yield name, entry
@@ -136,10 +137,10 @@ def _read_param(stored: _Stored, path: str, spec: ParamSpec) -> np.ndarray:
 
 def _read_tensor(stored: _Stored, name: str, path: str, shape: tuple[int, ...]) -> np.ndarray:
     """Tensor `name` brought to our `shape`, after checking its stored one."""
-    inputs = _INPUT_AXES.get(path.rpartition("/")[2])
+    inputs = INPUT_AXES.get(path.rpartition("/")[2])
     expected = shape
     if inputs is not None:
-        expected = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+        expected = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))[: 1 + (inputs > 0)]
     if stored.shape(name) != expected:
         raise ValueError(
             f"{stored.files[name]}: tensor {name} has shape {stored.shape(name)}, "
@@ -152,7 +153,7 @@ def _read_tensor(stored: _Stored, name: str, path: str, shape: tuple[int, ...]) 
 _FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
-def _open_safetensors(folder: Path) -> _Stored:
+def _open_safetensors(folder: Path, arch: Arch) -> _Stored:
     listing, handles, files = _safetensors_files(folder)
 
     def shape(name: str) -> tuple[int, ...]:
@@ -172,7 +173,7 @@ def _open_safetensors(folder: Path) -> _Stored:
         # not tied is in the table, so this never hides one.
         return name.endswith(".rotary_emb.inv_freq") or name == families.HF_LLAMA_NAMES["head"]
 
-    return _Stored(listing, families.HF_LLAMA_NAMES, files, ignored, shape, read)
+    return _Stored(listing, families.hf_names(arch), files, ignored, shape, read)
 
 
 def _safetensors_files(folder: Path) -> tuple[Path, dict[Path, Any], dict[str, Path]]:
@@ -224,25 +225,33 @@ def _gguf_reader(path: Path) -> Any:
 
 
 def _open_gguf(path: Path, arch: Arch) -> _Stored:
-    from gguf import dequantize
+    from gguf import GGMLQuantizationType, dequantize
 
-    tensors = {t.name: t for t in _gguf_reader(path).tensors}
-    heads = {".attn_q.weight": arch.num_heads, ".attn_k.weight": arch.num_kv_heads}
+    whole = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+    reader = _gguf_reader(path)
+    tensors = {t.name: t for t in reader.tensors}
+    heads = {}
+    if families_gguf.rotates_neighbours(reader.fields["general.architecture"].contents()):
+        heads = {".attn_q.weight": arch.num_heads, ".attn_k.weight": arch.num_kv_heads}
 
     def shape(name: str) -> tuple[int, ...]:
         return tuple(map(int, reversed(tensors[name].shape)))
 
     def read(name: str) -> np.ndarray:
-        values = np.asarray(dequantize(tensors[name].data, tensors[name].tensor_type), np.float32)
+        kind = tensors[name].tensor_type
+        values = np.asarray(dequantize(tensors[name].data, kind), np.float32)
+        if name.endswith("norm.weight"):  # llama.cpp keeps scales with the offset added
+            values = values - arch.norm_offset
         # The weights were published in bfloat16. Rounding what the quantisation left of them to
         # bfloat16 gives what a folder converted from this file would hold: one model, one set
         # of parameters, whichever file it came from.
-        values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
+        if kind not in whole:
+            values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
         count = next((n for suffix, n in heads.items() if name.endswith(suffix)), 0)
         return half_split_rows(values, count) if count else values
 
     files = dict.fromkeys(tensors, path)
-    return _Stored(path, families.GGUF_LLAMA_NAMES, files, lambda name: False, shape, read)
+    return _Stored(path, families_gguf.GGUF_LLAMA_NAMES, files, lambda name: False, shape, read)
 
 
 def half_split_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:

@@ -7,8 +7,8 @@ differs, and only completion tokens count.
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
+from grpo import hosts
 from grpo.batch import Sample, pack, row_shape, to_device, totals
 from grpo.checkpoint import Checkpoints
 from grpo.config import Config
@@ -31,6 +31,8 @@ from grpo.update import (
     learning_rate,
     make_optimizer,
 )
+from grpo.watchdog import Watchdog
+from grpo.workdir import Workdir
 from rewards.api import Problem
 
 _SHOW_EVERY = 10  # steps a console line: supervised steps are short
@@ -65,7 +67,8 @@ def worked_samples(
 class SftStage:
     """The cold start of one run; made before anything runs, so that every setting is read."""
 
-    def __init__(self, config: Config, policy: Policy, source: ProblemSource, folder: Path):
+    def __init__(self, config: Config, policy: Policy, source: ProblemSource, folder: Workdir):
+        """What the stage leaves is in "sft" of the run's folder."""
         sft, optim = config.sft, config.optim
         if len(source) < sft.rows_per_step:
             raise ValueError(
@@ -91,7 +94,7 @@ class SftStage:
         self.optimizer = make_optimizer(optim, schedule, decayed_params(policy))
         self.update = Update(policy, sft_loss, self.optimizer, schedule)
 
-    def run(self, params: Params, stop: StopSignal) -> Params:
+    def run(self, params: Params, stop: StopSignal, watchdog: Watchdog) -> Params:
         """The parameters after the stage; goes on from its own checkpoint if there is one.
 
         Raises:
@@ -99,15 +102,17 @@ class SftStage:
         """
         with ExitStack() as stack:
             state = init_state(self.policy, params, self.optimizer)
-            checkpoints = Checkpoints(self.folder / "checkpoints", self.keep)
-            stack.callback(checkpoints.close)
+            checkpoints = stack.enter_context(
+                Checkpoints(self.folder.saves / "sft" / "checkpoints", self.keep)
+            )
             state = checkpoints.restore(abstract_state(self.policy, self.optimizer)) or state
             done = int(state.step)
             if done < self.num_steps:
-                print(f"cold start: {self.num_steps} supervised steps of {self.rows} rows")
-            log = stack.enter_context(MetricLog(self.folder, resume_step=done))
+                hosts.say(f"cold start: {self.num_steps} supervised steps of {self.rows} rows")
+            log = stack.enter_context(MetricLog(self.folder.path / "sft", resume_step=done))
             table = ConsoleTable(SFT_COLUMNS, self.num_steps)
             for step in range(done, self.num_steps):
+                watchdog.phase(f"cold start, step {step}")
                 state, metrics = self._step(state, step)
                 log.log(step, metrics)
                 if step % _SHOW_EVERY == 0 or step + 1 == self.num_steps:
@@ -117,11 +122,14 @@ class SftStage:
                         f"cold start, step {step}: {int(state.bad_updates)} updates in a row were "
                         "not finite and were skipped (gates.max_bad_updates)"
                     )
-                if (step + 1) % self.save_every == 0 or stop.requested:
+                stopping = stop.requested()
+                if (step + 1) % self.save_every == 0 or stopping:
+                    self.folder.push()
                     checkpoints.save(state)
-                if stop.requested:
+                if stopping:
                     checkpoints.wait()
                     stop.leave(step + 1)
+            self.folder.push()
             checkpoints.save(state)
         return state.params
 

@@ -1,0 +1,164 @@
+"""Who looks at whom: attention over packed rows of trees, and over a prompt shared by many."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+KV = tuple[jax.Array, jax.Array]  # keys and values, each [B, S, K, H]
+
+
+_BLOCK = 256  # queries whose attention scores exist at one time
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    score_cap: float | None = None,
+) -> jax.Array:
+    """Softmax attention, N query heads over K key/value heads; softmax in float32."""
+    if score_cap is not None:
+        return _capped_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, score_cap)
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation="xla"
+    )
+
+
+def _capped_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, cap: float
+) -> jax.Array:
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKnH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
+    scores_BKnTS = jnp.einsum(
+        "btknh,bskh->bknts", q_BTKnH, k_BSKH, preferred_element_type=jnp.float32
+    )
+    low = jnp.finfo(jnp.float32).min
+    scores_BKnTS = jnp.where(mask_BTS[:, None, None], capped(scores_BKnTS, cap), low)
+    weight_BKnTS = jax.nn.softmax(scores_BKnTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("bknts,bskh->btknh", weight_BKnTS, v_BSKH).reshape(B, T, N, H)
+
+
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap), which never leaves (-cap, cap) (arXiv:2408.00118, section 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def tree_mask(
+    groups_RT: jax.Array,
+    branches_RT: jax.Array,
+    start: int,
+    stop: int,
+    positions_RT: jax.Array | None = None,
+    window: Any = None,
+) -> jax.Array:
+    """bool [R, stop - start, stop]: which slots before `stop` each slot from `start` on sees.
+
+    A token sees earlier tokens of its own branch and of its group's prompt (branch 0). Slots and
+    positions order alike within a branch, so slots give the causal order. With a window it sees
+    only those at its own and the `window` - 1 positions before.
+    """
+    group_Rq1, group_R1s = groups_RT[:, start:stop, None], groups_RT[:, None, :stop]
+    branch_Rq1, branch_R1s = branches_RT[:, start:stop, None], branches_RT[:, None, :stop]
+    causal_qs = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
+    related_Rqs = (branch_R1s == 0) | (branch_R1s == branch_Rq1)
+    seen_Rqs = causal_qs & (group_Rq1 == group_R1s) & related_Rqs & (group_Rq1 > 0)
+    if window is None or positions_RT is None:
+        return seen_Rqs
+    return seen_Rqs & within(window, positions_RT[:, start:stop], positions_RT[:, :stop])
+
+
+def within(window: Any, query_BT: jax.Array, key_BS: jax.Array) -> jax.Array:
+    """bool [B, T, S]: whether a key is at most `window` - 1 positions before a query."""
+    return query_BT[:, :, None] - key_BS[:, None, :] < window
+
+
+def tree_attention(
+    q_RTNH: jax.Array,
+    k_RTKH: jax.Array,
+    v_RTKH: jax.Array,
+    groups_RT: jax.Array,
+    branches_RT: jax.Array,
+    positions_RT: jax.Array | None = None,
+    window: Any = None,
+    score_cap: float | None = None,
+) -> jax.Array:
+    """Attention of packed rows, a block of queries at a time: half of the square is never made."""
+    T, mixed = q_RTNH.shape[1], []
+    for start in range(0, T, _BLOCK):
+        stop = min(start + _BLOCK, T)
+        mask_RqS = tree_mask(groups_RT, branches_RT, start, stop, positions_RT, window)
+        q, k, v = q_RTNH[:, start:stop], k_RTKH[:, :stop], v_RTKH[:, :stop]
+        mixed.append(attention(q, k, v, mask_RqS, score_cap))
+    return jnp.concatenate(mixed, axis=1)
+
+
+def shared_prefix_attention(
+    q_BTNH: jax.Array,
+    prompt: KV,
+    prompt_len_P: jax.Array,
+    own: KV,
+    visible_BTS: jax.Array,
+    prompt_visible_BTQ: jax.Array | None = None,
+    score_cap: float | None = None,
+) -> jax.Array:
+    """Attention over a prompt that G sequences share and over what each wrote itself.
+
+    Scores of the two parts are normalised together, so the result is that of one softmax over
+    both. The prompt's keys and values are read once for all G, not once for each.
+
+    Args:
+      q_BTNH: queries of B = P * G sequences; rows p * G to (p + 1) * G share prompt p.
+      prompt: keys and values [P, K, Q, H].
+      prompt_len_P: how much of each prompt there is.
+      own: keys and values [B, K, S, H].
+      visible_BTS: which of its own slots each query sees; at least one.
+      prompt_visible_BTQ: which of its prompt's it sees; all, by default.
+      score_cap: as in `Arch`.
+    """
+    B, T, N, H = q_BTNH.shape
+    P, K, Q, _ = prompt[0].shape
+    n = N // K  # query heads a key/value head
+    q_BTNH = q_BTNH * H**-0.5
+    q_BTKnH = q_BTNH.reshape(B, T, K, n, H)
+    q_BKmH = jnp.moveaxis(q_BTKnH, 2, 1).reshape(B, K, T * n, H)
+    q_PKgH = jnp.moveaxis(q_BTNH.reshape(P, -1, T, K, n, H), 3, 1).reshape(P, K, -1, H)
+
+    def scores(q: jax.Array, k: jax.Array) -> jax.Array:
+        product = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32)
+        return capped(product, score_cap)
+
+    def mixed(weight: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.einsum("bkqs,bksh->bkqh", weight.astype(v.dtype), v)
+
+    low = jnp.finfo(jnp.float32).min
+    seen_PKgQ = (jnp.arange(Q) < prompt_len_P[:, None])[:, None, None]
+    if prompt_visible_BTQ is not None:
+        seen_PgQ = jnp.repeat(prompt_visible_BTQ.reshape(P, -1, Q), n, axis=1)
+        seen_PKgQ = seen_PKgQ & seen_PgQ[:, None]
+    scores_PKgQ = jnp.where(seen_PKgQ, scores(q_PKgH, prompt[0]), low)
+    seen_BKmS = jnp.repeat(visible_BTS, n, axis=1)[:, None]
+    scores_BKmS = jnp.where(seen_BKmS, scores(q_BKmH, own[0]), low)
+
+    def per_sequence(x_PKgX: jax.Array) -> jax.Array:
+        """[P, K, G * T * n, ...] -> [B, K, T * n, ...]."""
+        split = x_PKgX.reshape(P, K, B // P, T * n, -1)
+        return jnp.moveaxis(split, 2, 1).reshape(B, K, T * n, -1)
+
+    def per_prompt(x_BKmX: jax.Array) -> jax.Array:
+        split = x_BKmX.reshape(P, B // P, K, T * n, -1)
+        return jnp.moveaxis(split, 2, 1).reshape(P, K, (B // P) * T * n, -1)
+
+    top_BKm1 = jnp.maximum(
+        per_sequence(scores_PKgQ.max(-1, keepdims=True)), scores_BKmS.max(-1, keepdims=True)
+    )
+    weight_PKgQ = jnp.where(seen_PKgQ, jnp.exp(scores_PKgQ - per_prompt(top_BKm1)), 0.0)
+    weight_BKmS = jnp.exp(scores_BKmS - top_BKm1)
+    total_BKm1 = per_sequence(weight_PKgQ.sum(-1, keepdims=True)) + weight_BKmS.sum(
+        -1, keepdims=True
+    )
+    out_BKmH = per_sequence(mixed(weight_PKgQ, prompt[1])) + mixed(weight_BKmS, own[1])
+    out_BKTnH = (out_BKmH / total_BKm1).reshape(B, K, T, n, H)
+    return jnp.moveaxis(out_BKTnH, 2, 1).reshape(B, T, N, H).astype(q_BTNH.dtype)

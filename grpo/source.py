@@ -1,0 +1,181 @@
+"""Where a model comes from: files of others, or a checkpoint of one of our runs."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo import fetch
+from grpo.checkpoint import read_params, saved_steps
+from grpo.config import ModelConfig
+from grpo.data.tokenizer import Tokenizer, load_tokenizer, with_thinking
+from grpo.model.arch import Arch
+from grpo.model.params import Params, ParamSpec, param_table
+from grpo.model.weights import load_weights, read_arch
+from grpo.sharding import make_mesh, param_shardings
+
+Keep = Callable[[str, jax.Array], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model that can be read.
+
+    Attributes:
+      arch: its shape.
+      tokenizer: its tokenizer.
+      files: the Hugging Face folder or .gguf file that it is or, trained further, began as; None
+        if it began as random weights.
+      workdir: of the run it is a checkpoint of; None if it is `files`.
+      step: of that checkpoint.
+    """
+
+    arch: Arch
+    tokenizer: Tokenizer
+    files: Path | None
+    workdir: Path | None = None
+    step: int = 0
+
+    def read(self, shardings: dict[str, Any], keep: Keep | None = None) -> Params:
+        """The parameters, float32, laid out as `shardings` (nested as they are) say.
+
+        Args:
+          shardings: of the arrays.
+          keep: (path, array) -> what is kept of an array, asked as soon as the array is there.
+
+        Raises:
+          FileNotFoundError, ValueError: what is stored is not a whole model of this shape.
+        """
+        keep = keep or (lambda path, array: array)
+        if self.workdir is not None:
+            params = read_params(self.workdir / "checkpoints", self.step, shardings)
+            layers = {n: keep(f"layers/{n}", array) for n, array in params["layers"].items()}
+            rest = {n: keep(n, array) for n, array in params.items() if n != "layers"}
+            return {**rest, "layers": layers}
+        assert self.files is not None
+
+        def put(path: str, spec: ParamSpec, array: np.ndarray) -> Any:
+            return keep(path, jax.device_put(array, at_path(shardings, path)))
+
+        return load_weights(self.files, self.arch, put)
+
+
+def open_source(source: str, *, step: int | None = None, base: str = "") -> Source:
+    """Finds out what `source` is; weights are read only by `Source.read`.
+
+    Args:
+      source: a Hugging Face folder, a .gguf file, a name that `grpo.fetch` knows, or the workdir
+        of a run.
+      step: of the run's checkpoint; None: the newest.
+      base: where the model that the run began with is now, if no longer where its configuration
+        says.
+
+    Raises:
+      FileNotFoundError: a file is missing, or the run has no such checkpoint.
+      ValueError: nothing that can be read as a model.
+    """
+    path = Path(source).expanduser()
+    if is_workdir(path):
+        return _open_workdir(path, step, base)
+    if step is not None or base:
+        raise ValueError(f"{source} is no run's workdir: it has no steps and no base")
+    path = fetch.model_path(source)
+    return Source(read_arch(path), load_tokenizer(path), path)
+
+
+def is_workdir(path: Path) -> bool:
+    """Whether a training run has begun there."""
+    return "num_steps" in config_of(path)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """What config.json in `folder` holds, a model's or a run's; nothing if there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def fitting_mesh(arch: Arch) -> Mesh:
+    """A mesh over all devices that divides this model's axes, split by `tensor` as far as can be.
+
+    Raises:
+      ValueError: there is none.
+    """
+    devices = jax.device_count()
+    for fsdp in (n for n in range(1, devices + 1) if devices % n == 0):
+        mesh = make_mesh(1, fsdp, devices // fsdp)
+        try:
+            param_shardings(param_table(arch), mesh)
+        except ValueError:
+            continue
+        return mesh
+    raise ValueError(
+        f"no mesh over {devices} devices divides this model's axes (width {arch.width}, "
+        f"{arch.num_kv_heads} key/value heads); use fewer devices"
+    )
+
+
+def new_arch(model: ModelConfig, vocab_size: int) -> Arch:
+    """The shape of a model that begins as random weights."""
+    if model.width % model.num_heads:
+        raise ValueError(
+            f"model.width ({model.width}) must be a multiple of model.num_heads "
+            f"({model.num_heads}): each head gets an equal share"
+        )
+    return Arch(
+        vocab_size=vocab_size,
+        width=model.width,
+        mlp_width=model.mlp_width,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_width=model.width // model.num_heads,
+    )
+
+
+def _open_workdir(workdir: Path, step: int | None, base: str) -> Source:
+    folder = workdir / "checkpoints"
+    steps = saved_steps(folder)
+    if not steps:
+        raise FileNotFoundError(
+            f"{folder} holds no checkpoint yet: the run saves one every log.save_every steps, and "
+            "one at its end"
+        )
+    if step is not None and step not in steps:
+        raise FileNotFoundError(f"{folder} holds checkpoints {steps}, none after step {step}")
+    step = steps[-1] if step is None else step
+    stored = config_of(workdir)["model"]
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    model = ModelConfig(**{name: value for name, value in stored.items() if name in names})
+    if not model.source and not base:
+        tokenizer = load_tokenizer("bytes")
+        arch = new_arch(model, tokenizer.vocab_size)
+        return Source(arch, tokenizer, None, workdir, step)
+    try:
+        origin = open_source(base or model.source)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(
+            f"the run in {workdir} began with model.source={model.source!r}, whose shape and "
+            f"tokenizer are needed (say where it is now with --base): {error}"
+        ) from error
+    tokenizer = origin.tokenizer
+    if model.thinking != "default":  # ask as the run asked
+        tokenizer = with_thinking(tokenizer, model.thinking == "on")
+    return dataclasses.replace(origin, tokenizer=tokenizer, workdir=workdir, step=step)
+
+
+def at_path(tree: Any, path: str) -> Any:
+    """The leaf of nested dicts under a path such as "layers/q"."""
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
