@@ -286,7 +286,13 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def assert_close_metrics(ours: Path, theirs: Path) -> None:
     """All of them but times, to what float32 leaves of sums in another order."""
-    measured = ("time/", "rollout/tokens_per_s", "rollout/idle_share", "sft/tokens_per_s")
+    measured = (
+        "time/",
+        "memory/",
+        "rollout/tokens_per_s",
+        "rollout/idle_share",
+        "sft/tokens_per_s",
+    )
     # Differences that are rounding themselves; and how much of a microbatch of another shape is
     # padding, how many programs there are.
     rounding = ("sampler/gap", "sampler/kl", "engine/compiled")

@@ -214,7 +214,7 @@ def run(config: Config, workdir: Path) -> Any:
 
 def timeless(path: Path) -> list[dict[str, Any]]:
     """Rows without the fields that measure the machine."""
-    machine = ("time/", "rollout/tokens_per_s", "rollout/idle_share")
+    machine = ("time/", "memory/", "rollout/tokens_per_s", "rollout/idle_share")
     with path.open() as lines:  # a completion may hold what `splitlines` takes for a line's end
         rows = [json.loads(line) for line in lines]
     return [{n: v for n, v in row.items() if not n.startswith(machine)} for row in rows]

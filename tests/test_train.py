@@ -70,7 +70,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def timeless(path: Path) -> list[dict[str, Any]]:
     """Rows without the fields that measure the machine."""
-    machine = ("time/", "rollout/tokens_per_s", "rollout/idle_share", "sft/tokens_per_s")
+    machine = ("time/", "memory/", "rollout/tokens_per_s", "rollout/idle_share", "sft/tokens_per_s")
     return [{n: v for n, v in row.items() if not n.startswith(machine)} for row in rows(path)]
 
 

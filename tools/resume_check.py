@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-TIMED = ("time/", "tokens_per_s", "idle_share")
+TIMED = ("time/", "memory/", "tokens_per_s", "idle_share")
 _PATIENCE_S = 180.0  # jax takes a silent process for dead after 100 s
 
 
