@@ -8,13 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from toy_model import ARCH, toy_params
+from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
 
+from grpo.checkpoint import Checkpoints
+from grpo.config import LoraConfig
 from grpo.model.decoder import head, hidden_states
 from grpo.model.families import HF_LLAMA_NAMES
 from grpo.model.lora import adapted, adapter_table, init_adapters, merged
 from grpo.model.lora_export import write_peft
 from grpo.model.params import Params, param_table
+from grpo.model.quantise import stored
+from grpo.sharding import param_shardings
+from grpo.source import Source
+from grpo.structs import TrainState
 
 RANK, ALPHA = 3, 6.0
 TABLE = param_table(ARCH)
@@ -61,6 +67,30 @@ def test_what_is_stored_adds_up_to_the_merged_weights(tmp_path):
             assert np.abs(got - before).max() > 1e-2
             np.testing.assert_allclose(got, expected, atol=1e-6)
     np.testing.assert_array_equal(whole["layers"]["q"], toy_params()["layers"]["q"])
+
+
+@pytest.mark.parametrize("base_dtype", ["float32", "int4"])
+def test_a_run_of_adapters_is_read_as_the_weights_it_stands_for(tmp_path, base_dtype):
+    """So it can be exported, talked to and trained further as any other run."""
+    hf_folder(tmp_path)
+    adapters, zero = trained(("q", "down")), jnp.zeros((), jnp.int32)
+    state = TrainState(zero, zero, zero, zero, params=adapters, opt_state=None)
+    with Checkpoints(tmp_path / "run/checkpoints", 1) as checkpoints:
+        checkpoints.save(state)
+    source = Source(
+        arch=ARCH,
+        tokenizer=ToyTokenizer(),
+        files=tmp_path,
+        workdir=tmp_path / "run",
+        lora=LoraConfig(rank=RANK, alpha=ALPHA, targets=("q", "down")),
+        base_dtype=base_dtype,
+    )
+    mesh = mesh_of(fsdp=2)
+    with jax.set_mesh(mesh):
+        got = source.read(param_shardings(TABLE, mesh))
+    expected = merged(adapters, stored(toy_params(), base_dtype), ALPHA / RANK, TABLE)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(got))
 
 
 def hf_folder(folder: Path) -> None:

@@ -250,9 +250,12 @@ def empty_cache(arch: Arch, rows: int, length: int, dtype: str) -> list[Cache]:
     shape = (rows, arch.num_kv_heads, length, arch.head_width)
 
     def nothing() -> Stored:
-        if dtype == "int8":
-            return jax.tree.map(_shard_kv, in_int8(jnp.zeros(shape)))
-        return _shard_kv(jnp.zeros(shape, dtype))
+        if dtype != "int8":
+            return _shard_kv(jnp.zeros(shape, dtype))
+        return Quantised(
+            values=_shard_kv(jnp.zeros(shape, jnp.int8)),
+            scales=_shard_kv(jnp.zeros((*shape[:-1], 1), jnp.bfloat16)),
+        )
 
     return [(nothing(), nothing()) for _ in range(arch.num_layers)]
 
