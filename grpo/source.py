@@ -211,7 +211,7 @@ def _open_workdir(workdir: Path, step: int | None, base: str) -> Source:
 
 def _section(kind: type[_S], config: Mapping[str, Any]) -> _S:
     """A section of a run's stored configuration; what an older run did not have has defaults."""
-    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    names = {field.name for field in dataclasses.fields(kind)}
     stored = config.get(kind.__name__.removesuffix("Config").lower(), {})
     return kind(**{name: value for name, value in stored.items() if name in names})
 
