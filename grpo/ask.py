@@ -1,6 +1,8 @@
 """Which problems a step asks, and what asking them leaves in the state."""
 
 import dataclasses
+import math
+import time
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from grpo.curriculum import PassRates, Round, after_step, choose, solved_share
 from grpo.data.order import draw
 from grpo.groups import fill_groups
 from grpo.model.params import Params
+from grpo.policy import Policy
 from grpo.rollout import sample_and_score
 from grpo.structs import Rollout, Scores, TrainState
 
@@ -49,8 +52,28 @@ def ask(run: Run, state: TrainState, step: int) -> Asked:
     algo = run.config.algo
     rollout, scores, metrics = fill_groups(take, algo.problems_per_step, algo.dynamic_rounds)
     pass_rates, report = after_step(state.pass_rates, asking.rounds)
-    metrics |= {"groups/asked": float(asking.asked)}
+    metrics |= {"groups/asked": float(asking.asked)} | asking.handover
     return Asked(rollout, scores, metrics | report, asking.cursor, pass_rates, asking.carried)
+
+
+def hand_over(policy: Policy, params: Params) -> tuple[Params, dict[str, float]]:
+    """The decode form of the parameters, and what it took.
+
+    `handover/weights_bytes` is the size of the decode form over all devices, copies included:
+    `data` x `fsdp` of them.
+    """
+    started = time.monotonic()
+    weights = jax.block_until_ready(policy.for_decoding(params))
+    seconds = time.monotonic() - started
+    per_device = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(weights)
+    )
+    metrics = {
+        "handover/weights_bytes": float(per_device * policy.mesh.size),
+        "time/handover_s": seconds,
+    }
+    return weights, metrics
 
 
 class _Asking:
@@ -60,7 +83,7 @@ class _Asking:
         self.run, self.known = run, state.pass_rates
         self.cursor, self.carried = int(state.cursor), state.carried
         self.asked, self.rounds = 0, list[Round]()
-        self._weights: Params = run.policy.for_decoding(state.params)
+        self._weights, self.handover = hand_over(run.policy, state.params)
         self._key = jax.random.fold_in(jax.random.key(run.config.seed), step)
 
     def whole_groups(self, count: int, number: int) -> Scored:

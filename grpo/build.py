@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from grpo import hosts, loss, runinfo
-from grpo.batch import pack, row_shape, to_device
+from grpo.batch import RowShape, pack, row_shape, to_device
 from grpo.carry import extra_groups, nothing
 from grpo.config import Config, bind, check_all_read, track_reads, validate
 from grpo.curriculum import unseen
@@ -30,6 +31,7 @@ from grpo.stages.sft import SftStage
 from grpo.structs import Batch, Scores, TrainState
 from grpo.update import (
     Objective,
+    Offload,
     Update,
     abstract_state,
     decayed_params,
@@ -37,6 +39,7 @@ from grpo.update import (
     learning_rate,
     make_logprobs,
     make_optimizer,
+    reference_shardings,
 )
 from grpo.watchdog import Watchdog
 from grpo.workdir import Workdir, open_workdir
@@ -53,6 +56,7 @@ class Run:
       new_state: initial parameters -> state at step 0.
       advantage: scores -> advantages [P, G].
       update: (state, microbatches, totals) -> (state, metrics).
+      keep_reference: puts a reference where it is kept while it is not asked.
       empty_batch: a microbatch of padding, on the mesh.
       needs_every_row: completions of zero advantage still have a gradient (KL or entropy).
       logprobs: (params, microbatch) -> log-probs [R, C], jitted.
@@ -73,6 +77,7 @@ class Run:
     new_state: Callable[[Params], TrainState]
     advantage: Callable[[Scores], np.ndarray]
     update: Update
+    keep_reference: Callable[[Params], Params]
     empty_batch: Batch
     needs_every_row: bool
     logprobs: Callable[[Params, Batch], jax.Array]
@@ -111,26 +116,16 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
     if config.lora.rank:
         print(describe_adapters(policy, config.model.base_dtype), flush=True)
     stack.enter_context(jax.set_mesh(policy.mesh))
-    algo, optim, sample = config.algo, config.optim, config.sample
-    max_prompt = config.data.max_prompt_tokens
-    shape = row_shape(
-        max_prompt=max_prompt,
-        max_new=sample.max_new_tokens,
-        group_size=algo.group_size,
-        samples=algo.problems_per_step * algo.group_size // algo.minibatches,
-        microbatch_tokens=algo.microbatch_tokens,
-        ways=batch_ways(policy.mesh),
-        attention_share=attention_share(policy.arch),
-    )
+    algo, sample = config.algo, config.sample
+    max_prompt, shape = config.data.max_prompt_tokens, microbatch_shape(config, policy)
     schedule = make_schedule(config, shape)
-    rate = learning_rate(optim, optim.learning_rate, optim.warmup_updates, schedule.updates)
+    update, optimizer, rate = make_update(config, policy, schedule)
     hosts.say(schedule.describe(rate))
-    optimizer = make_optimizer(optim, rate, decayed_params(policy))
     assert config.data.train is not None  # validate() saw to it
     check = config.data.check_reference
     problems = _usable(policy.tokenizer, config.data.train, max_prompt, check, "train")
     extra = extra_groups(algo.problems_per_step, algo.oversample)
-    asked = algo.problems_per_step + extra
+    asked = problems_asked(config)
     if len(problems) < asked:
         beyond = f" and {extra} more (algo.oversample)" if extra else ""
         raise ValueError(
@@ -148,34 +143,17 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
         "pass_rates": unseen(len(problems)) if algo.curriculum > 1 else None,
         "carried": nothing(extra, algo.group_size, sample.max_new_tokens) if extra else None,
     }
-    engine = Engine(
-        policy.arch,
-        policy.tokenizer,
-        policy.mesh,
-        max_prompt=max_prompt,
-        max_new=sample.max_new_tokens,
-        slots=sample.slots,
-        slots_per_prompt=sample.slots_per_prompt
-        or shared_slots(
-            sample.slots, batch_ways(policy.mesh), algo.group_size, asked * algo.group_size
-        ),
-        tokens_per_dispatch=sample.tokens_per_dispatch,
-        dtype="int8" if sample.cache == "int8" else config.model.compute_dtype,
-        stop_strings=sample.stop_strings,
-        tail_slots=sample.tail_slots,
-        draft_tokens=sample.draft_tokens,
-        goes_on=extra > 0,
-    )
+    engine = make_engine(config, policy)
     scorer = stack.enter_context(Scorer(config.reward, watchdog.waits_for))
     sft = None
     if config.sft.num_steps:
         source = config.sft.source or config.data.train
         sft = SftStage(config, policy, source, folder)
-    renewed = bool(algo.kl_coef and algo.ref_every)
-    state_like = abstract_state(policy, optimizer, keep_reference=renewed)
+    form = state_form(config)
+    state_like = abstract_state(policy, optimizer, **form)
 
     def new_state(params: Params) -> TrainState:
-        state = init_state(policy, params, optimizer, keep_reference=renewed)
+        state = init_state(policy, params, optimizer, **form)
         return state.replace(**on_host)
 
     run = Run(
@@ -191,13 +169,8 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
         state_like=state_like.replace(**on_host),
         new_state=new_state,
         advantage=bind(algo.advantage, algo),
-        update=Update(
-            policy,
-            _objective(config, schedule.on_policy),
-            optimizer,
-            rate,
-            keep_reference=renewed,
-        ),
+        update=update,
+        keep_reference=partial(jax.device_put, device=reference_shardings(policy, form["offload"])),
         empty_batch=to_device(pack([], shape).microbatches[0], policy.mesh),
         needs_every_row=bool(algo.entropy_coef or (algo.kl_coef and not algo.kl_in_reward)),
         logprobs=make_logprobs(policy),
@@ -207,6 +180,83 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
     _read_what_the_loop_reads(config)
     check_all_read(config, baseline)
     return run
+
+
+# ---- what follows from a configuration and a policy, for the run and for its plan --------------
+
+
+def microbatch_shape(config: Config, policy: Policy) -> RowShape:
+    """Of every microbatch of the run."""
+    algo = config.algo
+    return row_shape(
+        max_prompt=config.data.max_prompt_tokens,
+        max_new=config.sample.max_new_tokens,
+        group_size=algo.group_size,
+        samples=algo.problems_per_step * algo.group_size // algo.minibatches,
+        microbatch_tokens=algo.microbatch_tokens,
+        ways=batch_ways(policy.mesh),
+        attention_share=attention_share(policy.arch),
+    )
+
+
+def problems_asked(config: Config) -> int:
+    """Groups under way in a step."""
+    algo = config.algo
+    return algo.problems_per_step + extra_groups(algo.problems_per_step, algo.oversample)
+
+
+def state_form(config: Config) -> dict[str, Any]:
+    """Arguments of `grpo.update` that say what the state holds, and where."""
+    algo = config.algo
+    return {
+        "keep_reference": bool(algo.kl_coef and algo.ref_every),
+        "offload": Offload(
+            moments=config.optim.offload, reference=bool(algo.kl_coef and algo.ref_offload)
+        ),
+    }
+
+
+def make_engine(config: Config, policy: Policy) -> Engine:
+    """The engine of the run; nothing is compiled yet."""
+    sample, group_size = config.sample, config.algo.group_size
+    return Engine(
+        policy.arch,
+        policy.tokenizer,
+        policy.mesh,
+        max_prompt=config.data.max_prompt_tokens,
+        max_new=sample.max_new_tokens,
+        slots=sample.slots,
+        slots_per_prompt=sample.slots_per_prompt
+        or shared_slots(
+            sample.slots,
+            batch_ways(policy.mesh),
+            group_size,
+            problems_asked(config) * group_size,
+        ),
+        tokens_per_dispatch=sample.tokens_per_dispatch,
+        dtype="int8" if sample.cache == "int8" else config.model.compute_dtype,
+        stop_strings=sample.stop_strings,
+        tail_slots=sample.tail_slots,
+        draft_tokens=sample.draft_tokens,
+        goes_on=problems_asked(config) > config.algo.problems_per_step,
+    )
+
+
+def make_update(
+    config: Config, policy: Policy, schedule: Schedule
+) -> tuple[Update, optax.GradientTransformation, optax.Schedule]:
+    """The update of the run, its optimiser and its learning rate; nothing is compiled yet."""
+    optim = config.optim
+    rate = learning_rate(optim, optim.learning_rate, optim.warmup_updates, schedule.updates)
+    optimizer = make_optimizer(optim, rate, decayed_params(policy))
+    update = Update(
+        policy,
+        _objective(config, schedule.on_policy),
+        optimizer,
+        rate,
+        **state_form(config),
+    )
+    return update, optimizer, rate
 
 
 def _keep_programs() -> None:

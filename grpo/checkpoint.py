@@ -69,6 +69,10 @@ class Checkpoints:
         """Returns when everything started is on disk."""
         self._manager.wait_until_finished()
 
+    def close(self) -> None:
+        """Waits, and lets go of the folder; all processes together."""
+        self._manager.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -78,9 +82,8 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Waits, and lets go of the folder: all processes together, so not behind an error."""
-        if error is None or jax.process_count() == 1:
-            self._manager.close()
+        if error is None or jax.process_count() == 1:  # else another one may never come
+            self.close()
 
 
 def saved_steps(folder: Path) -> list[int]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from grpo import advantage, loss
 from grpo.data.sources import ProblemSource
-from grpo.model.arch import BASE_DTYPES, REMAT_CHOICES, ROLLOUT_CHOICES
+from grpo.model.arch import ATTENTION_CHOICES, BASE_DTYPES, REMAT_CHOICES, ROLLOUT_CHOICES
 from rewards.api import Reward
 
 
@@ -78,6 +78,11 @@ class ModelConfig(Section):
         "bfloat16", "what blocks compute in, sampler and trainer alike; parameters stay float32"
     )
     remat: str = doc("attn", f"activations recomputed in the backward pass: {REMAT_CHOICES}")
+    attention: str = doc(
+        "auto",
+        f"what computes the trainer's attention: {ATTENTION_CHOICES}; auto is splash on a TPU, "
+        "cudnn on a GPU in bfloat16 where the heads fit it, else xla",
+    )
     logprob_chunk: int = doc(256, "completion tokens whose logits exist at one time, per row")
     base_dtype: str = doc(
         "float32",
@@ -224,6 +229,10 @@ class AlgoConfig(Section):
     ref_every: int = doc(
         0, "steps after which the reference becomes the current policy; 0: it stays the initial one"
     )
+    ref_offload: bool = doc(
+        False,
+        "keep the reference (4 bytes a parameter) in the hosts' memory, except while it is asked",
+    )
     entropy_coef: float = doc(0.0, "weight of the entropy, which it raises")
     mask_truncated: bool = doc(
         False, "completions cut off at the limit neither train nor count in the denominator"
@@ -264,6 +273,10 @@ class OptimConfig(Section):
     eps: float = doc(1e-8, "added to the root of the variance")
     weight_decay: float = doc(0.0, "decoupled; not applied to norm scales")
     clip_norm: float = doc(1.0, "longest gradient, by global norm")
+    offload: bool = doc(
+        False,
+        "keep the moments (8 bytes a parameter) in the hosts' memory, but for the update itself",
+    )
 
 
 @dataclasses.dataclass
@@ -360,6 +373,11 @@ class MeshConfig(Section):
     data: int = doc(1, "copies of the model")
     fsdp: int = doc(-1, "ways parameters are split, gathered layer by layer")
     tensor: int = doc(1, "ways each matrix product is split")
+    axis_types: str = doc(
+        "auto",
+        "explicit: how arrays lie is part of their types, and checked while tracing; auto: XLA "
+        "decides where nothing is said. The numbers are the same",
+    )
 
 
 @dataclasses.dataclass
@@ -514,11 +532,20 @@ def validate(config: Config) -> None:
     for weight, function in reward.functions:
         _need(math.isfinite(weight), f"the weight of {describe(function)} is {weight}")
     _need(config.data.train is not None, "data.train is not set: there is nothing to ask")
+    axis_types = ("explicit", "auto")
+    _need(
+        config.mesh.axis_types in axis_types,
+        f"mesh.axis_types is {config.mesh.axis_types!r}; choose from {axis_types}",
+    )
     choices = ("constant", "linear", "cosine")
     _need(optim.decay in choices, f"optim.decay is {optim.decay!r}; choose from {choices}")
     _need(
         config.model.remat in REMAT_CHOICES,
         f"model.remat is {config.model.remat!r}; choose from {REMAT_CHOICES}",
+    )
+    _need(
+        config.model.attention in ATTENTION_CHOICES,
+        f"model.attention is {config.model.attention!r}; choose from {ATTENTION_CHOICES}",
     )
     choices = ("default", "on", "off")
     _need(
@@ -612,6 +639,10 @@ def _validate_algorithm(config: Config) -> None:
     _need(
         algo.kl_coef > 0 or not algo.ref_every,
         f"algo.ref_every is set, but algo.kl_coef is {algo.kl_coef}: there is no reference",
+    )
+    _need(
+        algo.kl_coef > 0 or not algo.ref_offload,
+        f"algo.ref_offload is set, but algo.kl_coef is {algo.kl_coef}: there is no reference",
     )
     if algo.oversample:
         _validate_oversample(algo)

@@ -146,7 +146,7 @@ def _ranks(environ: Mapping[str, str]) -> tuple[int, int] | None:
 
 def _has_tpu(environ: Mapping[str, str]) -> bool:
     """Whether this machine has TPU chips that jax may use."""
-    if "TPU_SKIP_MDS_QUERY" in environ or "tpu" not in environ.get("JAX_PLATFORMS", "tpu"):
+    if "TPU_SKIP_MDS_QUERY" in environ or "tpu" not in (environ.get("JAX_PLATFORMS") or "tpu"):
         return False
     chips = os.path.exists("/dev/accel0") or os.path.isdir("/dev/vfio")
     return chips and importlib.util.find_spec("libtpu") is not None

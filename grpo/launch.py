@@ -40,13 +40,10 @@ _EXPECTED = (
 
 
 def main(command: Callable[..., Any]) -> None:
-    """Parses flags and calls `command(config, workdir, baseline=baseline)`.
+    """Parses flags and calls `command(config, workdir, baseline=baseline)`, as `with_config` does.
 
-    The baseline is the experiment, with the preset if one is named, before any field was set.
+    The flags also say which process of several this is.
     """
-    config_flag = config_flags.DEFINE_config_file("config", None, "experiment file")
-    flags.FLAGS["config"].parser = experiment = _Experiment()
-    flags.mark_flag_as_required("config")
     workdir = flags.DEFINE_string(
         "workdir", None, "folder of this run, or gs://BUCKET/FOLDER", required=True
     )
@@ -55,6 +52,26 @@ def main(command: Callable[..., Any]) -> None:
     )
     num_processes = flags.DEFINE_integer("num_processes", None, "of this run")
     process_id = flags.DEFINE_integer("process_id", None, "of this process, from 0")
+
+    def run(config: Config, baseline: Config | None) -> None:
+        hosts.start(coordinator.value, num_processes.value, process_id.value)
+        place = workdir.value if "://" in workdir.value else Path(workdir.value)
+        try:
+            command(config, place, baseline=baseline)
+        finally:
+            hosts.finish()
+
+    with_config(run)
+
+
+def with_config(use: Callable[[Config, Config | None], None]) -> None:
+    """Parses flags and calls `use(config, baseline)`.
+
+    The baseline is the experiment, with the preset if one is named, before any field was set.
+    """
+    config_flag = config_flags.DEFINE_config_file("config", None, "experiment file")
+    flags.FLAGS["config"].parser = experiment = _Experiment()
+    flags.mark_flag_as_required("config")
     preset = flags.DEFINE_enum("preset", None, presets.names(), "algorithm of a paper")
 
     def parse(argv: list[str]) -> list[str]:
@@ -79,12 +96,7 @@ def main(command: Callable[..., Any]) -> None:
             overrides = config_flags.get_override_values(flags.FLAGS["config"])
             apply_preset(preset.value, config, baseline, overrides)
         try:
-            hosts.start(coordinator.value, num_processes.value, process_id.value)
-            place = workdir.value if "://" in workdir.value else Path(workdir.value)
-            try:
-                command(config, place, baseline=baseline)
-            finally:
-                hosts.finish()
+            use(config, baseline)
         except _EXPECTED as error:
             if verbose:
                 raise

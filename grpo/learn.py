@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
+import jax
 import numpy as np
 
 from grpo import runinfo
@@ -44,7 +45,9 @@ def learn(
     samples = _samples(rollout, scores, mask_truncated=algo.mask_truncated)
     ref_params = ref_params if state.ref_params is None else state.ref_params
     if ref_params is not None:
-        samples = _with_logprobs(run, ref_params, samples, "ref_logprobs")
+        fetched = jax.device_put(ref_params, run.policy.shardings)  # no copy if it is there
+        samples = _with_logprobs(run, fetched, samples, "ref_logprobs")
+        del fetched
     if algo.kl_in_reward:
         scores = penalised(scores, _kl_PG(samples, G), algo.kl_coef)
     advantage_B = run.advantage(scores).reshape(-1)

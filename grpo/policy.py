@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from grpo.config import Config, LoraConfig, ModelConfig
 from grpo.data.tokenizer import Tokenizer, load_tokenizer, with_thinking
 from grpo.model.arch import Arch
+from grpo.model.attention import chosen_attention
 from grpo.model.decoder import to_decode
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.lora import (
@@ -36,7 +37,14 @@ from grpo.model.params import (
 )
 from grpo.model.quantise import int8_matrices, int8_table, stored, stored_as, stored_table
 from grpo.model.stack import summed_after
-from grpo.sharding import DECODE_RULES, make_mesh, param_shardings, replicated
+from grpo.sharding import (
+    DECODE_RULES,
+    make_mesh,
+    param_shardings,
+    propagated,
+    replicated,
+    specs_of,
+)
 from grpo.source import at_path, new_arch, open_source
 from grpo.structs import Batch
 
@@ -59,7 +67,9 @@ class Policy:
       to_decode: (parameters, base) -> the decode form of the whole, in one jitted cast, unstack
         and reshard.
       logprobs: (parameters, base, batch) -> log-probs and entropy [R, C]; not jitted.
+      decode_shardings: of the decode form.
       base: () -> the frozen weights, read when first asked for; empty if all are trained.
+      base_like: their shapes, dtypes and shardings.
       change: parameters -> metrics of how far adapters have moved the policy from its base.
       merged: (parameters, base) -> float32 weights of the whole, as `param_table` lays them out.
     """
@@ -72,7 +82,9 @@ class Policy:
     initial_params: Callable[[], Params]
     to_decode: Callable[[Params, Params], Params]
     logprobs: Logprobs
+    decode_shardings: dict[str, Any] = dataclasses.field(default_factory=dict)
     base: Callable[[], Params] = dict
+    base_like: Params = dataclasses.field(default_factory=dict)
     change: Callable[[Params], dict[str, float]] = lambda params: {}
     merged: Callable[[Params, Params], Params] = lambda params, base: params
 
@@ -83,7 +95,8 @@ class Policy:
 
 def make_policy(config: Config) -> Policy:
     """Reads what the model is and lays it out; weights are read only by `initial_params`."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    sizes = config.mesh
+    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.axis_types)
     if config.model.source:
         source = open_source(config.model.source)
         arch, tokenizer, read = source.arch, source.tokenizer, source.read
@@ -143,6 +156,7 @@ def lay_out(
         base = functools.cache(partial(_base, arch, mesh, model.base_dtype, seed, read))
         more = {
             "base": base,
+            "base_like": _base_like(whole, model.base_dtype, mesh),
             "change": _change(base, names, scale, mesh),
             "merged": partial(merged, scale=scale, table=whole),
         }
@@ -151,7 +165,8 @@ def lay_out(
     def initial_params() -> Params:
         key = jax.random.key(seed)
         if more:
-            make = jax.jit(partial(init_adapters, table), out_shardings=shardings)
+            draw = propagated(partial(init_adapters, table), specs_of(shardings))
+            make = jax.jit(draw, out_shardings=shardings)
             return make(jax.random.fold_in(key, _ADAPTERS))
         return _weights(arch, shardings, key, read)
 
@@ -161,6 +176,9 @@ def lay_out(
         return to_decode(join(params, base, in_arrays), arch, model.compute_dtype)
 
     decoding = decode_table(join(table, base_table, in_table), arch.num_layers)
+    decode_shardings = param_shardings(decoding, mesh, DECODE_RULES)
+    platform = mesh.devices.flat[0].platform
+    attention_by = chosen_attention(model.attention, platform, arch, model.compute_dtype)
 
     def logprobs(params: Params, base: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return completion_logprobs(
@@ -171,6 +189,7 @@ def lay_out(
             dtype=model.compute_dtype,
             remat=model.remat,
             chunk=model.logprob_chunk,
+            attention_by=attention_by,
         )
 
     return Policy(
@@ -180,7 +199,10 @@ def lay_out(
         table=table,
         shardings=shardings,
         initial_params=initial_params,
-        to_decode=jax.jit(decode_form, out_shardings=param_shardings(decoding, mesh, DECODE_RULES)),
+        to_decode=jax.jit(
+            propagated(decode_form, specs_of(decode_shardings)), out_shardings=decode_shardings
+        ),
+        decode_shardings=decode_shardings,
         logprobs=logprobs,
         **more,
     )
@@ -190,10 +212,7 @@ def describe_adapters(policy: Policy, base_dtype: str) -> str:
     """A line for the start of the log: what is trained, and beneath it what is not."""
     arch, leaves = policy.arch, partial(jax.tree.leaves, is_leaf=lambda x: isinstance(x, ParamSpec))
     trained = sum(math.prod(spec.shape) for spec in leaves(policy.table))
-    float32 = map_table(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), param_table(arch)
-    )
-    base = jax.tree.leaves(jax.eval_shape(partial(stored, dtype=base_dtype), float32))
+    base = jax.tree.leaves(policy.base_like)
     size = sum(array.size * array.dtype.itemsize for array in base)
     return (
         f"adapters on {' '.join(policy.table['layers'])}: {trained:,} numbers are trained, "
@@ -243,7 +262,8 @@ def _weights(
     """All weights in float32: read, or drawn at random."""
     if read is not None:
         return read(shardings)
-    return jax.jit(partial(init_params, arch), out_shardings=shardings)(key)
+    make = propagated(partial(init_params, arch), specs_of(shardings))
+    return jax.jit(make, out_shardings=shardings)(key)
 
 
 def _base(arch: Arch, mesh: Mesh, dtype: str, seed: int, read: Read | None) -> Params:
@@ -252,24 +272,39 @@ def _base(arch: Arch, mesh: Mesh, dtype: str, seed: int, read: Read | None) -> P
     shardings = param_shardings(table, mesh)
     kept = param_shardings(stored_table(table, dtype), mesh)
     if read is None:
-        draw = jax.jit(lambda key: stored(init_params(arch, key), dtype), out_shardings=kept)
-        return draw(jax.random.key(seed))
+        draw = propagated(lambda key: stored(init_params(arch, key), dtype), specs_of(kept))
+        return jax.jit(draw, out_shardings=kept)(jax.random.key(seed))
 
     def store(path: str, array: jax.Array) -> Any:
-        as_stored = partial(stored_as, path.rpartition("/")[2], dtype=dtype)
-        return jax.jit(as_stored, out_shardings=at_path(kept, path))(array)
+        where = at_path(kept, path)
+        name = path.rpartition("/")[2]
+        as_stored = propagated(lambda array: stored_as(name, array, dtype), specs_of(where))
+        return jax.jit(as_stored, out_shardings=where)(array)
 
     return read(shardings, store)
+
+
+def _base_like(table: Mapping[str, Any], dtype: str, mesh: Mesh) -> Params:
+    float32 = map_table(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), table)
+    return jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        jax.eval_shape(partial(stored, dtype=dtype), float32),
+        param_shardings(stored_table(table, dtype), mesh),
+    )
 
 
 def _change(
     base: Callable[[], Params], names: tuple[str, ...], scale: float, mesh: Mesh
 ) -> Callable[[Params], dict[str, float]]:
     everywhere = replicated(mesh)
-    added = jax.jit(partial(change_norm, scale=scale), out_shardings=everywhere)
+
+    def of(norm: Callable[..., jax.Array]) -> Callable[[Params], jax.Array]:
+        return jax.jit(propagated(norm, everywhere.spec), out_shardings=everywhere)
+
+    added = of(partial(change_norm, scale=scale))
 
     @functools.cache
     def frozen() -> float:
-        return float(jax.jit(partial(base_norm, names=names), out_shardings=everywhere)(base()))
+        return float(of(partial(base_norm, names=names))(base()))
 
     return lambda params: {"lora/weight_change": float(added(params)) / frozen()}

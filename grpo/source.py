@@ -19,8 +19,8 @@ from grpo.model.arch import Arch
 from grpo.model.lora import adapter_table, merged, target_names
 from grpo.model.params import Params, ParamSpec, param_table
 from grpo.model.quantise import stored_as
-from grpo.model.weights import load_weights, read_arch
-from grpo.sharding import make_mesh, param_shardings
+from grpo.model.weights import StoredArray, load_weights, read_arch
+from grpo.sharding import make_mesh, param_shardings, propagated, specs_of
 
 _S = TypeVar("_S", ModelConfig, LoraConfig)
 Keep = Callable[[str, jax.Array], Any]
@@ -69,8 +69,8 @@ class Source:
             return {**rest, "layers": layers}
         assert self.files is not None
 
-        def put(path: str, spec: ParamSpec, array: np.ndarray) -> Any:
-            return keep(path, jax.device_put(array, at_path(shardings, path)))
+        def put(path: str, spec: ParamSpec, array: StoredArray) -> Any:
+            return keep(path, _put(shardings, path, spec, array))
 
         return load_weights(self.files, self.arch, put)
 
@@ -87,7 +87,8 @@ class Source:
         mesh = jax.tree.leaves(shardings)[0].mesh
         adapters = read_params(checkpoints, self.step, param_shardings(trained, mesh))
         whole = partial(merged, scale=lora.alpha / lora.rank, table=table)
-        return jax.jit(whole, out_shardings=shardings)(adapters, base)
+        merge = propagated(whole, specs_of(shardings))
+        return jax.jit(merge, out_shardings=shardings)(adapters, base)
 
 
 def open_source(source: str, *, step: int | None = None, base: str = "") -> Source:
@@ -221,3 +222,23 @@ def at_path(tree: Any, path: str) -> Any:
     for name in path.split("/"):
         tree = tree[name]
     return tree
+
+
+def _put(
+    shardings: dict[str, Any], path: str, spec: ParamSpec, array: StoredArray | np.ndarray
+) -> jax.Array:
+    """One array of the table ("layers/q") to its devices, shard by shard.
+
+    Only the shards of this host's devices are read, each once, and one at a time is held.
+    """
+    sharding = at_path(shardings, path)
+    where: dict[Any, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(array.shape).items():
+        bounds = tuple(axis.indices(n)[:2] for axis, n in zip(index, array.shape, strict=True))
+        where.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, devices in where.items():
+        values = array[tuple(slice(*ends) for ends in bounds)]
+        shards += [jax.device_put(values, device) for device in devices]
+        jax.block_until_ready(shards)  # so that `values` can go before the next are read
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)

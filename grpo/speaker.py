@@ -171,8 +171,9 @@ class Conversation:
             ids = encode_prompt(self.tokenizer, Problem("chat", messages=self._with_system(turns)))
             if len(ids) <= self.max_prompt or len(turns) == 1:
                 break
-            del turns[:2]  # a question and its answer
-            forgotten += 2
+            oldest = min(2, len(turns) - 1)  # a question and its answer
+            del turns[:oldest]
+            forgotten += oldest
         ids = self._fitting(ids)
         self.turns = turns
         return ids, forgotten

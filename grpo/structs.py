@@ -14,6 +14,8 @@ An array's name ends in its shape:
 """
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,6 +133,22 @@ class Totals(NamedTuple):
 
     tokens: Any
     sequences: Any
+
+
+class Program(NamedTuple):
+    """A jitted function and what it is compiled for.
+
+    Attributes:
+      kind: what it does, in a word or two; programs of one kind differ in size only.
+      function: jitted.
+      arguments: abstract, with shardings.
+      static: further ones, which are part of the program.
+    """
+
+    kind: str
+    function: Any
+    arguments: tuple[Any, ...]
+    static: Mapping[str, Any] = MappingProxyType({})
 
 
 class TrainState(struct.PyTreeNode):

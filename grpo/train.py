@@ -73,7 +73,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         algo, first = config.algo, int(state.step)
         # A reference that is renewed is part of the state.
         fixed = algo.kl_coef and not algo.ref_every
-        ref_params = starting_params(run, stop) if fixed else None
+        ref_params = run.keep_reference(starting_params(run, stop)) if fixed else None
         phase("compiling")
         run.engine.compile(run.policy.for_decoding(state.params))
         run.update.compile(state.params, run.empty_batch)
@@ -111,7 +111,8 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
             state, report = learn(run, learner, ref_params, rollout, scores)
             state = asked.noted(state.replace(step=state.step + 1))
             if state.ref_params is not None and (step + 1) % algo.ref_every == 0:
-                state = state.replace(ref_params=jax.tree.map(jnp.copy, state.params))
+                copy = jax.tree.map(jnp.copy, state.params)
+                state = state.replace(ref_params=run.keep_reference(copy))
 
             metrics |= report | run.policy.change(state.params)
             metrics["optim/bad_updates"] = int(state.bad_updates)

@@ -2,23 +2,32 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo.config import OptimConfig
 from grpo.loss import Maxima, Means
 from grpo.model.params import Params, ParamSpec, map_table
 from grpo.model.stack import Summed
 from grpo.policy import Logprobs, Policy
-from grpo.sharding import replicated
-from grpo.structs import Batch, Totals, TrainState
+from grpo.sharding import in_host_memory, propagated, replicated, specs_of
+from grpo.structs import Batch, Program, Totals, TrainState
 
+
+class Offload(NamedTuple):
+    """What is kept in the hosts' memory while it is not needed."""
+
+    moments: bool = False
+    reference: bool = False
+
+
+NO_OFFLOAD = Offload()
 Objective = Callable[[jax.Array, jax.Array, Batch, Totals], tuple[jax.Array, Means, Maxima]]
 
 
@@ -57,7 +66,7 @@ def make_optimizer(
 
 
 def decayed_params(policy: Policy) -> dict[str, Any]:
-    """True for matrices, False for norm scales."""
+    """True for matrices, False for norm scales and biases."""
     return map_table(lambda spec: spec.fan_in > 0, policy.table)
 
 
@@ -67,6 +76,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     *,
     keep_reference: bool = False,
+    offload: Offload = NO_OFFLOAD,
 ) -> TrainState:
     """A state at step 0; the optimiser's moments are created sharded like their parameters."""
 
@@ -82,7 +92,9 @@ def init_state(
             ref_params=jax.tree.map(jnp.copy, params) if keep_reference else None,
         )
 
-    shardings = _shardings(abstract_state(policy, optimizer, keep_reference=keep_reference))
+    shardings = _shardings(
+        abstract_state(policy, optimizer, keep_reference=keep_reference, offload=offload)
+    )
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
 
@@ -97,7 +109,11 @@ def abstract_params(policy: Policy) -> Params:
 
 
 def abstract_state(
-    policy: Policy, optimizer: optax.GradientTransformation, *, keep_reference: bool = False
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    *,
+    keep_reference: bool = False,
+    offload: Offload = NO_OFFLOAD,
 ) -> TrainState:
     """Shapes and shardings of the state: moments lie as their parameters, counters everywhere."""
     params, everywhere = abstract_params(policy), replicated(policy.mesh)
@@ -110,7 +126,7 @@ def abstract_state(
         optimizer,
         place,
         jax.eval_shape(optimizer.init, params),
-        policy.shardings,
+        in_host_memory(policy.shardings) if offload.moments else policy.shardings,
         transform_non_params=lambda leaf: place(leaf, everywhere),
     )
     return TrainState(
@@ -120,8 +136,21 @@ def abstract_state(
         cursor=counter,
         params=params,
         opt_state=opt_state,
-        ref_params=params if keep_reference else None,
+        ref_params=_reference_like(policy, offload) if keep_reference else None,
     )
+
+
+def _reference_like(policy: Policy, offload: Offload) -> Params:
+    return jax.tree.map(
+        lambda param, sharding: jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=sharding),
+        abstract_params(policy),
+        reference_shardings(policy, offload),
+    )
+
+
+def reference_shardings(policy: Policy, offload: Offload) -> dict[str, Any]:
+    """Where the reference is between the times it is asked."""
+    return in_host_memory(policy.shardings) if offload.reference else policy.shardings
 
 
 def _shardings(state_like: TrainState) -> TrainState:
@@ -178,7 +207,9 @@ def add_sums(
     def loss(params: Params) -> tuple[jax.Array, tuple[Means, Maxima]]:
         adding = params | {"layers": Summed(params["layers"], earlier["layers"])}
         logprobs_RC, entropy_RC = logprobs(adding, base, batch)
-        value, means, maxima = objective(logprobs_RC, entropy_RC, batch, totals)
+        # The loss knows no mesh.
+        on_rows = propagated(objective, PartitionSpec())
+        value, means, maxima = on_rows(logprobs_RC, entropy_RC, batch, totals)
         return value, (means, maxima)
 
     (value, (means, maxima)), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -204,6 +235,7 @@ class Update:
       optimizer: optax.
       schedule: its learning rate, for the log.
       keep_reference: the state holds a reference policy.
+      offload: what of the state is in the hosts' memory.
     """
 
     def __init__(
@@ -214,17 +246,26 @@ class Update:
         schedule: optax.Schedule,
         *,
         keep_reference: bool = False,
+        offload: Offload = NO_OFFLOAD,
     ):
-        self._like = abstract_state(policy, optimizer, keep_reference=keep_reference)
+        form: Any = {"keep_reference": keep_reference}
+        self._like = abstract_state(policy, optimizer, **form, offload=offload)
         state = _shardings(self._like)
+        on_device = _shardings(abstract_state(policy, optimizer, **form)).opt_state
         everywhere = replicated(policy.mesh)
         sums = Sums(loss=everywhere, means=everywhere, maxima=everywhere, grads=state.params)
-        self._base = policy.base
+        self._base, self._base_like = policy.base, policy.base_like
         parts: Any = {"logprobs": policy.logprobs, "objective": objective}
-        self._nothing = jax.jit(partial(no_sums, **parts), out_shardings=sums)
+        nothing = propagated(partial(no_sums, **parts), specs_of(sums))
+        self._nothing = jax.jit(nothing, out_shardings=sums)
         self._add = jax.jit(partial(add_sums, **parts), out_shardings=sums, donate_argnums=0)
         self._apply: Any = jax.jit(
-            partial(_apply, optimizer=optimizer, schedule=schedule),
+            partial(
+                _apply,
+                optimizer=optimizer,
+                schedule=schedule,
+                fetch=on_device if offload.moments else None,
+            ),
             in_shardings=(state, sums),
             out_shardings=(state, everywhere),
             donate_argnums=0,
@@ -247,6 +288,19 @@ class Update:
         self._apply = self._apply.lower(self._like, sums_like).compile()
         jax.block_until_ready(self.sums(params, [empty], totals))
 
+    def programs(self, batch: Batch) -> list[Program]:
+        """What `compile` compiles, for an abstract microbatch."""
+        count = jax.ShapeDtypeStruct((), jnp.float32)
+        totals, params = Totals(count, count), self._like.params
+        given = params, self._base_like, batch, totals
+        sums = jax.eval_shape(self._nothing, *given)
+        sums = sums.replace(grads=params)  # their shapes and shardings
+        return [
+            Program("no gradients", self._nothing, given),
+            Program("gradients", self._add, (sums, *given)),
+            Program("optimiser", self._apply, (self._like, sums)),
+        ]
+
     def sums(self, params: Params, microbatches: Sequence[Batch], totals: Totals) -> Sums:
         """Loss, metrics and gradients of a minibatch."""
         base = self._base()
@@ -268,7 +322,11 @@ def _apply(
     *,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    fetch: Any,
 ) -> tuple[TrainState, dict[str, Any]]:
+    """One step of the optimiser; `fetch` says where its state goes first, None leaves it."""
+    if fetch is not None:
+        state = state.replace(opt_state=jax.device_put(state.opt_state, fetch))
     norm = optax.tree.norm(sums.grads)
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
 
@@ -302,10 +360,15 @@ def _apply(
 
 
 def make_logprobs(policy: Policy) -> Callable[[Params, Batch], jax.Array]:
-    """(params, microbatch) -> log-probs [R, C], jitted."""
+    """(parameters, microbatch) -> log-probs [R, C], jitted."""
+    program: Any = logprobs_program(policy)
+    return lambda params, batch: program(params, policy.base(), batch)
+
+
+def logprobs_program(policy: Policy) -> Any:
+    """The same with the frozen base as an argument: (parameters, base, microbatch)."""
 
     def run(params: Params, base: Params, batch: Batch) -> jax.Array:
         return policy.logprobs(params, base, batch)[0]
 
-    compiled = jax.jit(run, out_shardings=replicated(policy.mesh))
-    return lambda params, batch: compiled(params, policy.base(), batch)
+    return jax.jit(run, out_shardings=replicated(policy.mesh))

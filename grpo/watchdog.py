@@ -23,6 +23,7 @@ from grpo import hosts
 _LOOK_EVERY_S = 1.0
 _PHASE, _FAILED = "grpo/phase/", "grpo/failed/"
 _MENDABLE = (ValueError, OSError)  # errors whose message says enough
+_LOST_OTHERS = 134  # exit status; the same as when jax itself finds that another process is gone
 
 
 class Board(Protocol):
@@ -125,7 +126,7 @@ class Watchdog:
                     file=sys.stderr,
                 )
                 hosts.flush()
-                self._end(1)
+                self._end(_LOST_OTHERS)
                 return
         lasted = self._clock() - self._since
         if lasted >= self._limit:

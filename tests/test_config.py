@@ -37,7 +37,7 @@ def tiny(**changes: Any) -> Config:
 SURFACE = """
     config: seed num_steps
     config.model: source thinking width mlp_width num_layers num_heads num_kv_heads compute_dtype
-      remat logprob_chunk base_dtype
+      remat attention logprob_chunk base_dtype
     config.lora: rank alpha targets
     config.data: train held_out max_prompt_tokens check_reference
     config.sample: temperature max_new_tokens slots slots_per_prompt tail_slots draft_tokens
@@ -46,17 +46,17 @@ SURFACE = """
     config.algo: problems_per_step group_size minibatches passes microbatch_tokens advantage
       objective aggregate correction clip_low clip_high dual_clip sapo_temperature_positive
       sapo_temperature_negative correction_cap correction_low correction_high sequence_gap_max
-      pass_k kl kl_coef kl_in_reward ref_every entropy_coef mask_truncated dynamic_rounds
-      oversample overlong_buffer_tokens overlong_penalty curriculum
+      pass_k kl kl_coef kl_in_reward ref_every ref_offload entropy_coef mask_truncated
+      dynamic_rounds oversample overlong_buffer_tokens overlong_penalty curriculum
     config.optim: learning_rate warmup_updates decay end_share beta1 beta2 eps weight_decay
-      clip_norm
+      clip_norm offload
     config.sft: num_steps source rows_per_step microbatch_tokens learning_rate warmup_updates
     config.eval: every num_problems num_samples temperature top_k top_p min_p answer_of
     config.gates: max_bad_updates max_gap_nats_mean max_gap_nats_max max_sampler_kl_nats
       max_failure_rate max_timeout_rate max_repeated_share max_zero_id_share max_stuck_share
       degenerate_steps still_steps max_param_change min_adapter_change max_kl_old_nats
     config.log: save_every keep_checkpoints rollouts_every
-    config.mesh: data fsdp tensor
+    config.mesh: data fsdp tensor axis_types
     config.hosts: watch_s
 """
 

@@ -239,6 +239,7 @@ def test_looking_at_less_of_the_cache_does_not_change_a_sample(base, monkeypatch
         which.compile(decode_weights(1))
         programs = which.num_compiled()
         assert programs == 2 + len(which._views) + len(which._prompt_lengths)
+        assert programs == len(which.programs(decode_weights(1)))  # which a plan compiles
     assert_same(sample(which), base)
     assert which.num_compiled() == programs
 
@@ -627,6 +628,7 @@ def test_a_replay_is_compiled_beforehand_and_in_place():
         )
         which.compile(decode_weights(1))
         programs = which.num_compiled()
+        assert programs == len(which.programs(decode_weights(1)))
         slots = which._programs.empty()
         arguments = (
             decode_weights(1),

@@ -10,7 +10,7 @@ from grpo.config import validate
 from grpo.launch import load_experiment
 from grpo.train import train
 
-EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
+EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("[!_]*.py"))
 
 
 def test_there_are_some():

@@ -306,4 +306,5 @@ def test_a_context_stretched_by_the_user_is_read():
     """As the cards of Qwen 2.5 tell users to edit the config, `type` and all."""
     edited = {"rope_scaling": {"factor": 4.0, "type": "yarn"}}
     arch = arch_from_hf(PUBLISHED["Qwen2.5-0.5B"][0] | edited)
+    assert arch.max_positions == 4 * 32_768
     assert arch.rope_scaling == Yarn(4.0, 1.0, 32.0, 32_768, gain=0.1 * math.log(4.0) + 1)

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "grpo.metrics": ("grpo.hosts",),
     "grpo.data": ("grpo.data",),
     "grpo.model": ("grpo.model", "grpo.sharding", "grpo.structs"),
-    "grpo.engine.sampling": (),
+    "grpo.engine.sampling": ("grpo.sharding",),
     "grpo.engine": (
         "grpo.engine",
         "grpo.model",
@@ -43,6 +43,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "grpo.structs",
         "grpo.data.tokenizer",
     ),
+    "grpo.planning.chips": (),
+    "grpo.planning.hlo": (),
+    "grpo.planning.formulas": ("grpo.batch", "grpo.model.arch", "grpo.planning.chips"),
     "rewards": (),
 }
 

@@ -375,12 +375,35 @@ def test_num_params_counts_a_tied_head_once():
         assert shapes == map_table(lambda spec: spec.shape, param_table(arch))
 
 
+def test_a_family_of_more_parts_begins_as_if_they_were_not_there():
+    """Biases at 0; norms, whose offset is a part of the scale, at what only norms."""
+    more: dict[str, Any] = {"qkv_bias": True, "qk_norm": True, "sandwich_norm": True}
+    arch = dataclasses.replace(ARCH, norm_offset=1.0, **more)
+    params = init_params(arch, jax.random.key(0))
+    arrays = {**params, **params["layers"]}
+    parts = [name for name in arrays if name.endswith(("norm", "bias"))]
+    assert len(parts) == 3 + 3 + 2 + 2  # norms, biases, of queries and keys, of what is written
+    assert all((np.asarray(arrays[name]) == 0).all() for name in parts)
+    layer = 2 * 16 + 2 * 4 + (4 + 2 * 2) * 4  # two more norms, of heads, biases
+    assert num_params(arch) == num_params(ARCH) + 2 * layer
+
+
 @pytest.mark.parametrize(
-    "field, value, message", [("num_heads", 5, "multiple"), ("head_width", 3, "even")]
+    "change, message",
+    [
+        ({"num_heads": 5}, "multiple"),
+        ({"head_width": 3}, "even"),
+        ({"activation": "relu"}, "'relu' is unknown; there are silu, gelu_tanh"),
+        ({"layer_types": ("global",)}, "names 1 layers, num_layers is 2"),
+        ({"layer_types": ("global", "local")}, "'local' is unknown; there are global, sliding"),
+        ({"layer_types": ("global", "sliding")}, r"window \(None\) goes with sliding layers"),
+        ({"window": 4}, r"window \(4\) goes with sliding layers"),
+        ({"layer_types": ("sliding",) * 2, "window": 0}, r"window \(0\) must be at least 1"),
+    ],
 )
-def test_impossible_shapes_are_errors(field, value, message):
+def test_impossible_shapes_are_errors(change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(ARCH, **{field: value})
+        dataclasses.replace(ARCH, **change)
 
 
 # ---- a real model ----------------------------------------------------------------------------
@@ -405,7 +428,7 @@ def test_real_models_give_the_reference_implementations_values(file, golden):
         pytest.skip(f"{path} is not there")
     cases = json.loads((Path(__file__).parent / "golden" / golden).read_text())
     arch, mesh = read_arch(path), mesh_of()
-    params = load_weights(path, arch, lambda _path, _spec, array: jnp.asarray(array))
+    params = load_weights(path, arch, lambda _path, _spec, array: jnp.asarray(np.asarray(array)))
 
     # Train form: the prompt after its first token, and the reference's own continuation.
     score = jax.jit(

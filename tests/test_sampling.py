@@ -6,8 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from toy_model import mesh_of
 
 from grpo.engine.sampling import Filters, filtered, sample_token
+from grpo.sharding import propagated
 
 OFF: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
@@ -167,3 +170,29 @@ def test_filters_that_are_off_change_nothing():
     off = compiled_sample()(logits_BV, uniform_B, temperature, filters=filters_with())
     for one, other in zip(plain, off, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+# ---- a vocabulary split over devices ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis_types", ["explicit", "auto"])
+@pytest.mark.parametrize("V", [512, 600])  # parts of whole blocks, and of blocks cut short
+def test_a_split_vocabulary_gives_the_same_tokens(V, axis_types):
+    """Sampled, greedy and filtered; every token of some rows has no probability but a few."""
+    B = 64
+    logits_BV = random_logits(B, V, seed=5)
+    logits_BV[::3, : V - 7] = -np.inf
+    logits_BV[1::3, 40:] = -np.inf
+    uniform_B = np.random.default_rng(0).random(B).astype(np.float32)
+    uniform_B[:2] = 0.0, np.nextafter(np.float32(1), np.float32(0))
+    mesh = mesh_of(fsdp=2, tensor=4, axis_types=axis_types)
+    split = jax.device_put(logits_BV, NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
+    for greedy, filters in ((False, None), (True, None), (False, filters_with(top_k=5))):
+        one = functools.partial(sample_token, greedy=greedy, filters=filters)
+        token_B, logprob_B = jax.jit(one)(logits_BV, uniform_B, np.float32(0.7))
+        with jax.set_mesh(mesh):
+            on_mesh = jax.jit(propagated(one, PartitionSpec()))
+            got_B, got_logprob_B = on_mesh(split, uniform_B, np.float32(0.7))
+        np.testing.assert_array_equal(got_B, token_B)
+        np.testing.assert_allclose(got_logprob_B, logprob_B, rtol=1e-5, atol=1e-5)
+        assert (np.take_along_axis(logits_BV, np.asarray(token_B)[:, None], 1) > -np.inf).all()

@@ -1,17 +1,22 @@
 """From judgements to `Scores`, and the refusals that protect a run from its rewards."""
 
 import re
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from grpo.config import RewardConfig
 from grpo.data.procedural import DigitChain
+from grpo.rollout import judge
 from grpo.scoring import RewardFailure, Scorer, check_gold
+from grpo.structs import Completion
 from rewards.answers import numeric_answer
-from rewards.api import Problem
+from rewards.api import Problem, Score
 
 PROBLEM = Problem("p", prompt="?", reference=7, gold="7")
 
@@ -75,6 +80,27 @@ def test_rewards_are_weighted_and_added(scorer):
             "reward/component/length": 0.45,
         }
     )
+
+
+def test_a_verdict_that_does_not_come_in_time_masks_its_row():
+    never: Future[list[Score]] = Future()
+    with scorer_of((1.0, told_reward()), wait_s=0.05) as scorer:
+        judged = scorer.submit("right", PROBLEM, {})
+        judged.result(60)
+        scores = scorer.collect([[judged, never]])
+    assert scores.statuses["told"] == ["ok", "lost"]
+    assert scores.valid_PG.tolist() == [[True, False]] and scores.reward_PG.tolist() == [[1, 0]]
+    assert never.cancelled()
+
+
+def test_a_judgement_that_cannot_be_had_is_an_error_where_all_wait_for_it(scorer):
+    """Not where the completion is handed over, in the middle of a rollout."""
+    tokenizer = SimpleNamespace(decode=lambda tokens: "right")
+    completion = Completion(0, 0, (1,), np.zeros(1, np.float32), "eos")
+    unsendable = Problem("p", prompt="?", reference=threading.Lock())
+    future = judge(scorer, tokenizer, completion, unsendable)
+    with pytest.raises(TypeError, match="problem 'p' cannot be sent to a reward worker"):
+        scorer.collect([[future]])
 
 
 def test_a_row_with_one_failed_component_is_invalid_and_in_no_mean(scorer):

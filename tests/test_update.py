@@ -38,7 +38,7 @@ from grpo.update import (
     make_optimizer,
 )
 
-MESHES: dict[str, dict[str, int]] = {
+MESHES: dict[str, dict[str, Any]] = {
     "1": {},
     "data 8": {"data": 8},
     "fsdp 8": {"fsdp": 8},
@@ -350,7 +350,7 @@ def test_every_number_of_microbatches_runs_the_same_three_programs():
         for microbatches in (parts[:1], parts[:2], parts * 2):
             state = state.replace(step=state.step + 1)
             state, _ = update(state, microbatches, totals(SAMPLES))
-            assert update.num_compiled() == compiled
+            assert update.num_compiled() == compiled == len(update.programs(parts[0]))
 
 
 # ---- the learning rate -----------------------------------------------------------------------

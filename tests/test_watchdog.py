@@ -96,7 +96,7 @@ def test_a_process_ends_when_another_has_failed(three, clock, capsys):
     assert ends == []
     board.put("grpo/failed/2", "process 2 of 3 (h): OSError: no disk")
     watchdog.look()
-    assert ends == [1]
+    assert ends == [134]
     assert "because another one failed: process 2 of 3 (h): OSError: no disk" in (
         capsys.readouterr().err
     )

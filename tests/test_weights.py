@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from toy_model import ARCH as TOY
+from toy_model import ToyTokenizer, mesh_of
 
+from grpo.config import ModelConfig
 from grpo.model.arch import Arch
 from grpo.model.families import arch_from_hf
 from grpo.model.families_gguf import arch_from_gguf
 from grpo.model.params import map_table, param_table
-from grpo.model.weights import half_split_rows, load_weights, read_arch
+from grpo.model.weights import StoredArray, half_split_rows, load_weights, read_arch
+from grpo.policy import lay_out
+from grpo.source import Source
 from tools import parity, tiny_models
 
 # Every width differs from every other, so a swapped axis cannot go unseen.
@@ -162,6 +168,56 @@ def test_put_makes_each_leaf(tmp_path):
     assert params["layers"]["q"] == "layers/q" and params["embed"] == "embed"
     assert all(shape == got and dtype == np.float32 for shape, got, dtype in seen.values())
     assert len(seen) == 12
+
+
+def test_a_part_is_that_part_of_the_whole(tmp_path):
+    """Of every array, by every axis; of a safetensors folder and of GGUF."""
+    folder = write_folder(tmp_path / "folder", hf_tensors())
+    quantised = write_gguf(tmp_path / "tiny.gguf", GGUF_ARCH, hf_tensors(GGUF_ARCH))
+    for source, arch in ((folder, ARCH), (quantised, GGUF_ARCH)):
+
+        def compare(path, spec, array):
+            whole = np.asarray(array)
+            assert whole.shape == spec.shape and whole.flags.c_contiguous
+            for axis, size in enumerate(spec.shape):
+                for part in (slice(0, size // 2), slice(size // 2, size), slice(1, size)):
+                    at = tuple(part if i == axis else slice(None) for i in range(len(spec.shape)))
+                    np.testing.assert_array_equal(array[at], whole[at], err_msg=f"{path} {at}")
+            middle = tuple(slice(n // 3, n // 3 + 1) for n in spec.shape)
+            np.testing.assert_array_equal(array[middle], whole[middle])
+
+        load_weights(source, arch, compare)
+
+
+@pytest.mark.parametrize("axis_types", ["explicit", "auto"])
+def test_a_host_reads_shard_by_shard(tmp_path, monkeypatch, axis_types):
+    """What lands is what is stored, and nothing larger than a device's part is ever read."""
+    tensors = hf_tensors(TOY)
+    folder = write_folder(tmp_path, tensors)
+    mesh = mesh_of(data=2, fsdp=2, tensor=2, axis_types=axis_types)
+    read = Source(TOY, ToyTokenizer(), folder).read
+    policy = lay_out(TOY, ToyTokenizer(), mesh, ModelConfig(), temperature=1.0, read=read)
+    reads, whole = [], StoredArray.__getitem__
+
+    def counted(self, index):
+        reads.append((whole(self, index).nbytes, self.shape))
+        return whole(self, index)
+
+    monkeypatch.setattr(StoredArray, "__getitem__", counted)
+    params = policy.initial_params()
+    for nbytes, shape in reads:
+        ways = 1 if shape[-1] == TOY.width and len(shape) < 3 and shape[0] != 32 else 4
+        assert nbytes == 4 * math.prod(shape) // ways, shape
+    # Each part once, though two devices keep it.
+    assert sum(nbytes for nbytes, _ in reads) == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(params)
+    )
+    monkeypatch.undo()
+    jax.tree.map(np.testing.assert_array_equal, params, load_weights(folder, TOY))
+    for leaf, sharding in zip(
+        jax.tree.leaves(params), jax.tree.leaves(policy.shardings), strict=True
+    ):
+        assert leaf.sharding == sharding
 
 
 @pytest.mark.parametrize(

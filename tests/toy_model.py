@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from grpo.batch import TOKEN_VALUES, RowShape, Sample, pack
 from grpo.model.arch import Arch
@@ -16,7 +16,7 @@ from grpo.model.decoder import to_decode
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params, ParamSpec, map_table, param_table
 from grpo.policy import Policy
-from grpo.sharding import MESH_AXES, param_shardings
+from grpo.sharding import AXIS_TYPES, MESH_AXES, param_shardings
 from grpo.structs import Batch
 
 ARCH = Arch(
@@ -52,12 +52,11 @@ def toy_params(arch: Arch = ARCH) -> Params:
     return jax.tree.map(jnp.array, _drawn(arch))
 
 
-def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1, axis_types: str = "auto") -> Mesh:
     """A mesh over the first data x fsdp x tensor of the fake devices."""
     devices = jax.devices()[: data * fsdp * tensor]
-    return jax.make_mesh(
-        (data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    types = (AXIS_TYPES[axis_types],) * 3
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=types, devices=devices)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,7 @@ OBJECTIVE = partial(
 
 def toy_policy() -> Policy:
     """The toy model over all devices of all processes; every process reads the same weights."""
-    sizes = {1: {}, 8: {"data": 2, "fsdp": 2, "tensor": 2}}[jax.device_count()]
+    sizes: Any = {1: {}, 8: {"data": 2, "fsdp": 2, "tensor": 2}}[jax.device_count()]
     policy = lay_out(
         ARCH,
         ToyTokenizer(),

@@ -128,7 +128,7 @@ def weights(shapes: Mapping[str, Sequence[int]], gemma: bool) -> dict[str, np.nd
             return noise * 0.3 + (0 if gemma else 1)
         if len(shape) == 1 or "embed" in name:
             return noise * 0.5
-        return noise * 1.5 / shape[1] ** 0.5
+        return noise / shape[1] ** 0.5
 
     return {name: one(name, shape).astype(np.float32) for name, shape in shapes.items()}
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -28,7 +29,7 @@ from grpo.engine.sampling import Filters
 from grpo.model.arch import Arch
 from grpo.model.params import Params
 from grpo.sharding import batch_ways
-from grpo.structs import EOS, LENGTH, STOP, Completion
+from grpo.structs import EOS, LENGTH, STOP, Completion, Program
 
 _REFILL_SHARE = 8  # refill once 1/8 of the slots are idle: fewer, larger prefills
 _BUSY_TOKENS = 512  # of a prefill
@@ -271,6 +272,47 @@ class Engine:
         if self.goes_on:
             slots = self._replay(weights, slots, {})
         jax.block_until_ready(slots)
+
+    def programs(self, weights: Params) -> list[Program]:
+        """What `compile` compiles, each kind's largest first, for abstract weights."""
+        own, B = self._programs, self.num_slots
+        programs = [Program("empty cache", own.empty, ())]
+        programs += [self._decode_program(weights, own.slots, v) for v in reversed(self._views)]
+        if self.tail_slots:
+            keep_S = jax.ShapeDtypeStruct((self.tail_slots,), jnp.int32)
+            busy_S = jax.ShapeDtypeStruct((self.tail_slots,), jnp.bool_)
+            tail = own.compacted(self.tail_slots)
+            programs.append(Program("tail", own.compact, (own.slots, keep_S, busy_S)))
+            programs += [self._decode_program(weights, tail, v) for v in reversed(self._views)]
+        number_R = jax.ShapeDtypeStruct((self._prefill_rows,), jnp.int32)
+        for length in reversed(self._prompt_lengths):
+            tokens_RQ = jax.ShapeDtypeStruct((self._prefill_rows, length), jnp.int32)
+            arguments = (weights, own.slots, tokens_RQ, number_R, number_R)
+            programs.append(Program("prefill", own.admit, arguments))
+        nobody = jax.eval_shape(self._nobody)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        programs.append(Program("insert", own.start, (own.slots, nobody, key)))
+        if self.goes_on:
+            begun_BC = jax.ShapeDtypeStruct((B, self.max_new), jnp.int32)
+            begun_B = jax.ShapeDtypeStruct((B,), jnp.int32)
+            programs.append(Program("replay", own.replay, (weights, own.slots, begun_BC, begun_B)))
+        return programs
+
+    def _decode_program(self, weights: Params, slots: Slots, view: int) -> Program:
+        B = len(slots.token_B)
+        arguments = (
+            weights,
+            slots,
+            jax.ShapeDtypeStruct((B,), jnp.bool_),
+            jax.ShapeDtypeStruct((), jnp.int32),
+            jax.ShapeDtypeStruct((), jnp.float32),
+            None,
+        )
+        whole = self.num_slots == B
+        drafts = 0 if whole else self.draft_tokens
+        static = {"view": view, "greedy": False, "drafts": drafts}
+        kind = "decode" if whole else "tail decode"
+        return Program(kind, self._programs.decode, arguments, static)
 
     def num_compiled(self) -> int:
         """Programs compiled so far; constant once every shape has been seen."""

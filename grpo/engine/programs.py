@@ -1,5 +1,6 @@
 """What the engine runs on the devices: a few programs over one state, each of fixed shapes."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from grpo.engine.sampling import Filters, sample_token
 from grpo.model.arch import Arch
 from grpo.model.decoder import Cache, Stored, decode_step, empty_cache, prefill, stored_like
 from grpo.model.params import Params
-from grpo.sharding import DECODE_RULES, replicated, shard, spec
+from grpo.sharding import DECODE_RULES, fitted, propagated, replicated, shard, specs_of
 
 
 class Slots(struct.PyTreeNode):
@@ -86,27 +87,32 @@ class Programs:
         )
         # Said outright: a layout left to the compiler differs between two programs that hand the
         # slots to one another, and each difference is one more program.
-        with jax.set_mesh(mesh):
-            layout = _layout(jax.eval_shape(make), mesh)
-        everywhere = replicated(mesh)
-        self.empty = jax.jit(make, out_shardings=layout)
-        self.admit = jax.jit(
-            partial(_admit, arch=arch), donate_argnames="slots", out_shardings=layout
-        )
-        # A partial of its own: engines would share, and count, one cache of programs otherwise.
-        self.start = jax.jit(partial(_start), donate_argnames="slots", out_shardings=layout)
-        self.replay = jax.jit(
-            partial(_replay, arch=arch, chunk=replayed),
-            donate_argnames="slots",
-            out_shardings=layout,
-        )
-        self.decode = jax.jit(
+        like = jax.eval_shape(make)
+        layout, everywhere = _layout(like, mesh), replicated(mesh)
+        self._layout, self.slots = layout, abstract(like, layout)
+
+        def program(function: Callable[..., Any], out: Any, **settings: Any) -> Any:
+            """Jitted; each is a function of its own, so that engines share no cache of programs."""
+            return jax.jit(propagated(function, specs_of(out)), out_shardings=out, **settings)
+
+        updates: Any = {"donate_argnames": "slots"}
+        self.empty = program(make, layout)
+        self.admit = program(partial(_admit, arch=arch), layout, **updates)
+        self.start = program(_start, layout, **updates)
+        self.replay = program(partial(_replay, arch=arch, chunk=replayed), layout, **updates)
+        self.decode = program(
             partial(_decode, arch=arch, num_tokens=num_tokens, max_new=max_new, stop_ids=stop_ids),
-            donate_argnames="slots",
+            (layout, everywhere, everywhere, everywhere),
             static_argnames=("view", "greedy", "drafts"),
-            out_shardings=(layout, everywhere, everywhere, everywhere),
+            **updates,
         )
-        self.compact = jax.jit(partial(_compact), out_shardings=layout)
+        self.compact = program(_compact, layout)
+
+    def compacted(self, keep: int) -> Slots:
+        """Shapes and shardings of `keep` slots with a prompt each."""
+        chosen = jax.ShapeDtypeStruct((keep,), jnp.int32)
+        like = jax.eval_shape(_compact, self.slots, chosen, chosen)
+        return abstract(like, self._layout)
 
     def num_compiled(self) -> int:
         """How many there are by now."""
@@ -119,6 +125,15 @@ class Programs:
             self.compact,
         )
         return sum(program._cache_size() for program in programs)
+
+
+def abstract(like: Any, shardings: Any) -> Any:
+    """Shapes of a tree, with shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        like,
+        shardings,
+    )
 
 
 def _empty(
@@ -143,15 +158,14 @@ def _empty(
 def _layout(slots: Slots, mesh: Mesh) -> Slots:
     """Every array split by prompts or slots, caches also by key/value heads."""
 
-    def split(*axes: str | None) -> NamedSharding:
-        return NamedSharding(mesh, spec(axes, DECODE_RULES))
+    def split(array: Any, *axes: str | None) -> NamedSharding:
+        return NamedSharding(mesh, fitted(axes, array.shape, mesh, DECODE_RULES))
 
-    kv = split("batch", "kv_heads", None, None)
-    caches = {
-        "prompts": jax.tree.map(lambda _: kv, slots.prompts),
-        "cache": jax.tree.map(lambda _: kv, slots.cache),
-    }
-    rest = jax.tree.map(lambda _: split("batch"), slots.replace(prompts=[], cache=[]))
+    def heads(cache: list[Cache]) -> Any:
+        return jax.tree.map(lambda kv: split(kv, "batch", "kv_heads", None, None), cache)
+
+    caches: Any = {"prompts": heads(slots.prompts), "cache": heads(slots.cache)}
+    rest = jax.tree.map(lambda a: split(a, "batch"), slots.replace(prompts=[], cache=[]))
     return rest.replace(**caches)
 
 

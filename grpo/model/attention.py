@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grpo.model.arch import Arch
+
 KV = tuple[jax.Array, jax.Array]  # keys and values, each [B, S, K, H]
 
 
@@ -84,8 +86,114 @@ def tree_attention(
     positions_RT: jax.Array | None = None,
     window: Any = None,
     score_cap: float | None = None,
+    *,
+    implementation: str = "xla",
 ) -> jax.Array:
-    """Attention of packed rows, a block of queries at a time: half of the square is never made."""
+    """Attention of packed rows; see `tree_mask` for who sees whom.
+
+    Args:
+      q_RTNH: queries.
+      k_RTKH: keys.
+      v_RTKH: values.
+      groups_RT: int32; 0 is padding.
+      branches_RT: int32; 0 is a prompt.
+      positions_RT: int32; needed with a window.
+      window: how many tokens a query sees; None: all. Not by splash.
+      score_cap: as in `Arch`. Not by cuDNN.
+      implementation: "xla" anywhere; "cudnn" on a GPU, "splash" on a TPU. See `chosen_attention`.
+    """
+    qkv = q_RTNH, k_RTKH, v_RTKH
+    if implementation == "splash":
+        from grpo.model.splash import splash_tree_attention  # only here: it brings Pallas
+
+        return splash_tree_attention(*qkv, groups_RT, branches_RT, score_cap=score_cap)
+    if implementation == "cudnn":
+        return _cudnn_tree_attention(*qkv, groups_RT, branches_RT, positions_RT, window)
+    return _xla_tree_attention(*qkv, groups_RT, branches_RT, positions_RT, window, score_cap)
+
+
+def chosen_attention(wanted: str, platform: str, arch: Arch, dtype: str) -> str:
+    """Which implementation trains: `wanted`, or for "auto" the best that works here.
+
+    Args:
+      wanted: `model.attention`.
+      platform: of the devices: "cpu", "gpu" (or "cuda"), "tpu".
+      arch: of the model.
+      dtype: what blocks compute in.
+
+    Raises:
+      ValueError: what is wanted cannot work here.
+    """
+    H = arch.head_width
+    limits = {
+        "splash": {
+            f"it runs on a TPU, and this is a {platform}": platform != "tpu",
+            f"it has no window, and the model's is {arch.window}": arch.window is not None,
+        },
+        "cudnn": {
+            f"it runs on a GPU, and this is a {platform}": platform not in ("gpu", "cuda"),
+            f"it computes in bfloat16, and model.compute_dtype is {dtype}": dtype != "bfloat16",
+            f"its heads are multiples of 8 up to 128 wide, and the model's are {H}": (
+                H > 128 or H % 8 != 0
+            ),
+            f"it cannot cap scores, and the model does, at {arch.score_cap}": (
+                arch.score_cap is not None
+            ),
+        },
+        "xla": {},
+    }
+    faults = {
+        name: [fault for fault, there in of_one.items() if there] for name, of_one in limits.items()
+    }
+    if wanted == "auto":
+        return next(name for name, found in faults.items() if not found)
+    if faults[wanted]:
+        raise ValueError(
+            f"model.attention is {wanted!r}, but {'; '.join(faults[wanted])}. Leave it at auto"
+        )
+    return wanted
+
+
+def _cudnn_tree_attention(
+    q_RTNH: jax.Array,
+    k_RTKH: jax.Array,
+    v_RTKH: jax.Array,
+    groups_RT: jax.Array,
+    branches_RT: jax.Array,
+    positions_RT: jax.Array | None,
+    window: Any,
+) -> jax.Array:
+    """By cuDNN's flash attention. The mask is a [R, 1, T, T] array in the compute dtype, so the
+    memory grows with the square of the row, though not times the heads."""
+    T = q_RTNH.shape[1]
+
+    def even(x_RTX: jax.Array) -> jax.Array:
+        """cuDNN wants an even length with a mask."""
+        return jnp.pad(x_RTX, ((0, 0), (0, T % 2)) + ((0, 0),) * (x_RTX.ndim - 2))
+
+    positions_RT = None if positions_RT is None else even(positions_RT)
+    mask_RTT = tree_mask(even(groups_RT), even(branches_RT), 0, T + T % 2, positions_RT, window)
+    mixed_RTNH = jax.nn.dot_product_attention(
+        even(q_RTNH),
+        even(k_RTKH),
+        even(v_RTKH),
+        mask=mask_RTT[:, None],
+        implementation="cudnn",
+    )
+    return mixed_RTNH[:, :T]
+
+
+def _xla_tree_attention(
+    q_RTNH: jax.Array,
+    k_RTKH: jax.Array,
+    v_RTKH: jax.Array,
+    groups_RT: jax.Array,
+    branches_RT: jax.Array,
+    positions_RT: jax.Array | None,
+    window: Any,
+    score_cap: float | None,
+) -> jax.Array:
+    """A block of queries at a time: half of the square is never made."""
     T, mixed = q_RTNH.shape[1], []
     for start in range(0, T, _BLOCK):
         stop = min(start + _BLOCK, T)

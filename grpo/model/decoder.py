@@ -25,15 +25,19 @@ from grpo.model.attention import (
     tree_attention,
     within,
 )
-from grpo.model.linear import in_dtype, project
-from grpo.model.params import Params
+from grpo.model.embedding import embed_tokens
+from grpo.model.linear import Adapted, Weight, in_dtype, project
+from grpo.model.params import Params, ParamSpec, param_table
 from grpo.model.quantise import Quantised, dequantise, quantise
 from grpo.model.rope import Yarn, frequencies
 from grpo.model.stack import scan_layers
-from grpo.sharding import DECODE_RULES, shard
+from grpo.sharding import DECODE_RULES, propagated, shard, spec
 
 _PRODUCTS = ("q", "k", "v", "attn_out", "residual", "gate", "up")  # named in `block`
 REMAT_POLICIES: dict[str, Any] = {
+    # Weights gathered over `fsdp` are gathered again in the backward pass, whatever else is kept:
+    # kept, they would be the whole model on every device.
+    "none": jax.checkpoint_policies.save_anything_except_these_names("weights"),
     "full": jax.checkpoint_policies.nothing_saveable,
     "attn": jax.checkpoint_policies.save_only_these_names("attn_out"),
     "products": jax.checkpoint_policies.save_only_these_names(*_PRODUCTS),
@@ -150,7 +154,10 @@ def block(
 
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, arch: Arch) -> jax.Array:
     """What the first layer reads, in the table's dtype."""
-    x_BTD = table_VD[tokens_BT]
+    return _scaled(table_VD[tokens_BT], arch)
+
+
+def _scaled(x_BTD: jax.Array, arch: Arch) -> jax.Array:
     return x_BTD if arch.embed_scale == 1 else x_BTD * jnp.asarray(arch.embed_scale, x_BTD.dtype)
 
 
@@ -160,6 +167,25 @@ def head(params: Params) -> jax.Array:
 
 
 # ---- train form ------------------------------------------------------------------------------
+
+
+def _gathered(weights: Params, arch: Arch, dtype: str) -> Params:
+    """One layer's weights in `dtype`, whole but for the tensor axis: what FSDP gathers.
+
+    Cast first, so that half as many bytes travel.
+    """
+
+    def gather(weight: Weight, spec: ParamSpec) -> Weight:
+        if isinstance(weight, Adapted):
+            small = in_dtype((weight.a, weight.b), dtype)
+            return weight.replace(base=gather(weight.base, spec), a=small[0], b=small[1])
+        if isinstance(weight, Quantised):  # XLA gathers it
+            return in_dtype(weight, dtype)
+        whole = shard(weight.astype(dtype), *spec.axes[1:], rules=DECODE_RULES)
+        return checkpoint_name(whole, "weights")
+
+    table = param_table(arch)["layers"]
+    return {name: gather(weight, table[name]) for name, weight in weights.items()}
 
 
 def hidden_states(
@@ -172,6 +198,7 @@ def hidden_states(
     *,
     dtype: str,
     remat: str,
+    attention_by: str = "xla",
 ) -> jax.Array:
     """Final, normed hidden states [R, T, D] of packed rows (see `grpo.structs.Batch`).
 
@@ -185,25 +212,46 @@ def hidden_states(
       dtype: what the blocks compute in; parameters are cast layer by layer.
       remat: which activations the backward pass recomputes: "none" of them, "full": all,
         "attn": all but the attention outputs, "products": all but the matrix products.
+      attention_by: see `grpo.model.attention.tree_attention`.
     """
 
     shared, own = _scannable(layers_of(arch))
+    rows = spec(("batch", None, None))
 
-    def one(x_RTD: jax.Array, weights: Params, own: dict[str, Any]) -> jax.Array:
+    def inside(
+        weights: Params,
+        x_RTD: jax.Array,
+        own: dict[str, Any],
+        positions_RT: jax.Array,
+        groups_RT: jax.Array,
+        branches_RT: jax.Array,
+    ) -> jax.Array:
         layer = Layer(**shared, **own)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             mixed = tree_attention(
-                q, k, v, groups_RT, branches_RT, positions_RT, layer.window, arch.score_cap
+                q,
+                k,
+                v,
+                groups_RT,
+                branches_RT,
+                positions_RT,
+                layer.window,
+                arch.score_cap,
+                implementation=attention_by,
             )
             return checkpoint_name(mixed, "attn_out"), None
 
-        x_RTD = shard(x_RTD, "batch", None, None)
         return block(weights, x_RTD, positions_RT, arch, layer, attend)[0]
 
-    if remat != "none":
-        one = jax.checkpoint(one, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x_RTD = shard(embed(params["embed"].astype(dtype), tokens_RT, arch), "batch", None, None)
+    def one(x_RTD: jax.Array, weights: Params, own: dict[str, Any]) -> jax.Array:
+        weights = _gathered(weights, arch, dtype)
+        x_RTD = shard(x_RTD, "batch", None, None)
+        tree = positions_RT, groups_RT, branches_RT
+        return propagated(inside, rows)(weights, x_RTD, own, *tree)
+
+    one = jax.checkpoint(one, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    x_RTD = _scaled(embed_tokens(params["embed"], tokens_RT, dtype), arch)
     x_RTD = scan_layers(one, x_RTD, params["layers"], own)
     return rms_norm(x_RTD, params["final_norm"].astype(dtype), arch.norm_eps, arch.norm_offset)
 

@@ -5,6 +5,7 @@ decoder cannot compute is refused here, before any weight is read; what GGUF fil
 themselves is read in `grpo.model.families_gguf`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -47,10 +48,11 @@ HF_SANDWICH_NAMES: Mapping[str, str] = {
 _HARMLESS = frozenset(
     """
     _name_or_path architectures attn_implementation bos_token_id cache_implementation
-    chunk_size_feed_forward do_sample dtype eos_token_id id2label initializer_range is_llama_config
-    label2id max_length model_type name_or_path pad_token_id pretraining_tp repetition_penalty
-    return_dict task_specific_params temperature top_k top_p torch_dtype transformers.js_config
-    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache
+    chunk_size_feed_forward do_sample dtype eos_token_id id2label initializer_range
+    is_llama_config label2id max_length model_type name_or_path pad_token_id pretraining_tp
+    repetition_penalty return_dict sep_token_id task_specific_params temperature
+    tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version
+    unk_token_id unsloth_fixed unsloth_version use_cache
     """.split()
 )
 
@@ -81,6 +83,9 @@ def arch_from_hf(config: Mapping[str, Any]) -> Arch:
     fields.only("quantization_config")
     arch = read(fields)
     fields.nothing_else(_HARMLESS)
+    if isinstance(arch.rope_scaling, Yarn):  # users who stretch a model leave the old limit there
+        stretched = int(arch.rope_scaling.factor * arch.rope_scaling.original_positions)
+        arch = dataclasses.replace(arch, max_positions=max(arch.max_positions, stretched))
     return arch
 
 

@@ -9,6 +9,7 @@ from grpo.model.arch import Arch
 from grpo.model.attention import capped
 from grpo.model.decoder import head, hidden_states
 from grpo.model.params import Params
+from grpo.sharding import propagated, shard, spec
 from grpo.structs import Batch
 
 Pair = tuple[jax.Array, jax.Array]
@@ -43,6 +44,7 @@ def chunked_logprobs(
         logits_RcV = jnp.einsum(
             "rcd,dv->rcv", hidden_RcD, weight, preferred_element_type=jnp.float32
         )
+        logits_RcV = shard(logits_RcV, "batch", None, "vocab")
         logits_RcV = capped(logits_RcV, logit_cap) / temperature
         top_Rc1 = jax.lax.stop_gradient(logits_RcV.max(axis=-1, keepdims=True))
         weight_RcV = jnp.exp(logits_RcV - top_Rc1)
@@ -73,6 +75,7 @@ def completion_logprobs(
     dtype: str,
     remat: str,
     chunk: int,
+    attention_by: str = "xla",
 ) -> Pair:
     """log pi and entropy [R, C] of every completion token of a batch, at the run's temperature.
 
@@ -87,13 +90,24 @@ def completion_logprobs(
         batch.branches_RT,
         dtype=dtype,
         remat=remat,
+        attention_by=attention_by,
     )
-    hidden_RCD = jnp.take_along_axis(hidden_RTD, batch.contexts_RC[..., None], axis=1)
-    return chunked_logprobs(
-        hidden_RCD,
-        head(params),
-        batch.targets_RC,
-        temperature=temperature,
-        chunk=chunk,
-        logit_cap=arch.logit_cap,
+
+    def of_targets(
+        hidden_RTD: jax.Array, head_DV: jax.Array, contexts_RC: jax.Array, targets_RC: jax.Array
+    ) -> Pair:
+        hidden_RCD = jnp.take_along_axis(hidden_RTD, contexts_RC[..., None], axis=1)
+        return chunked_logprobs(
+            hidden_RCD,
+            head_DV,
+            targets_RC,
+            temperature=temperature,
+            chunk=chunk,
+            logit_cap=arch.logit_cap,
+        )
+
+    head_DV = shard(head(params), None, "vocab")
+    rows = spec(("batch", None))
+    return propagated(of_targets, (rows, rows))(
+        hidden_RTD, head_DV, batch.contexts_RC, batch.targets_RC
     )

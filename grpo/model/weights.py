@@ -1,10 +1,12 @@
 """Pretrained weights in: Hugging Face safetensors folders and GGUF files to our parameters.
 
-Tensors are read one at a time and leave one at a time through `put`, so the host never holds more
-than the largest stacked array besides what `put` keeps.
+Arrays leave one at a time through `put`, which gets each where it is stored: of a safetensors
+folder only those parts are read that `put` asks for, so a host that asks for the shards of its own
+devices, one by one, never holds more than a shard.
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +22,30 @@ from grpo.model import families, families_gguf
 from grpo.model.arch import Arch
 from grpo.model.params import MATRICES, Params, ParamSpec, param_table
 
-# What becomes of a finished array: (path such as "layers/q", its spec, float32 values) -> leaf.
-Put = Callable[[str, ParamSpec, np.ndarray], Any]
+Index = tuple[slice, ...]  # of step 1; one for every axis
+
+
+class StoredArray:
+    """One of our arrays where it is stored: `array[index]` reads that part, float32.
+
+    `np.asarray(array)` reads all of it.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, shape: tuple[int, ...], read: Callable[[Index], np.ndarray]):
+        self.shape, self._read = shape, read
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        bounds = [axis.indices(size) for axis, size in zip(index, self.shape, strict=True)]
+        return self._read(tuple(slice(start, stop) for start, stop, _ in bounds))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[(slice(None),) * len(self.shape)], dtype)
+
+
+# What becomes of an array: (path such as "layers/q", its spec, the array) -> leaf.
+Put = Callable[[str, ParamSpec, StoredArray], Any]
 
 # Both formats store a matrix as [outputs, inputs] and flatten heads. So a stored matrix is ours
 # with its first `n` axes (the inputs) flattened, the rest (the outputs) flattened, transposed; a
@@ -60,22 +84,22 @@ def load_weights(source: Path, arch: Arch, put: Put | None = None) -> Params:
       source: folder with `model.safetensors`, or with shards and `model.safetensors.index.json`
         (bfloat16, float16 or float32); or a `.gguf` file, whose tensors are dequantised.
       arch: as `read_arch(source)` gives it.
-      put: makes a leaf of the result from each float32 array, for example by sharding it over
-        devices. By default `jnp.asarray`.
+      put: makes a leaf of the result from each array, for example by reading the shards of this
+        host's devices. By default `jnp.asarray` of all of it.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: a tensor is missing, unknown, of another shape or of an unsupported dtype.
     """
     stored = (_open_gguf if _is_gguf(source) else _open_safetensors)(source, arch)
-    place: Put = put or (lambda path, spec, array: jnp.asarray(array))
+    place: Put = put or (lambda path, spec, array: jnp.asarray(np.asarray(array)))
     table = dict(flat_table(arch))
     _check_names(stored, table)
 
     params: Params = {"layers": {}}
     for path, spec in table.items():
         group, _, name = path.rpartition("/")
-        leaf = place(path, spec, _read_param(stored, path, spec))
+        leaf = place(path, spec, _stored_array(stored, path, spec))
         (params[group] if group else params)[name] = leaf
     return params
 
@@ -89,7 +113,7 @@ class _Stored:
     files: Mapping[str, Path]  # their name -> the file that holds it
     ignored: Callable[[str], bool]  # their names that carry nothing we need
     shape: Callable[[str], tuple[int, ...]]
-    read: Callable[[str], np.ndarray]  # float32 [outputs, inputs]
+    read: Callable[[str, Index], np.ndarray]  # part of a tensor, float32 [outputs, inputs]
 
 
 def flat_table(arch: Arch) -> Iterator[tuple[str, ParamSpec]]:
@@ -124,19 +148,26 @@ def _some(names: list[str]) -> str:
     return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
 
 
-def _read_param(stored: _Stored, path: str, spec: ParamSpec) -> np.ndarray:
-    """One of our arrays, float32; layers are filled in one by one."""
+def _stored_array(stored: _Stored, path: str, spec: ParamSpec) -> StoredArray:
+    """One of our arrays; a stacked one has a tensor a layer."""
     names = _their_names(stored, path, spec)
     if not path.startswith("layers/"):
-        return np.ascontiguousarray(_read_tensor(stored, names[0], path, spec.shape))
-    out = np.empty(spec.shape, np.float32)
-    for layer, name in enumerate(names):
-        out[layer] = _read_tensor(stored, name, path, spec.shape[1:])
-    return out
+        _check_shape(stored, names[0], path, spec.shape)
+        return StoredArray(spec.shape, lambda at: _part(stored, names[0], path, spec.shape, at))
+    for name in names:
+        _check_shape(stored, name, path, spec.shape[1:])
+
+    def read(index: Index) -> np.ndarray:
+        layers, inner = names[index[0]], index[1:]
+        out = np.empty((len(layers), *(axis.stop - axis.start for axis in inner)), np.float32)
+        for row, name in zip(out, layers, strict=True):
+            row[...] = _part(stored, name, path, spec.shape[1:], inner)
+        return out
+
+    return StoredArray(spec.shape, read)
 
 
-def _read_tensor(stored: _Stored, name: str, path: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Tensor `name` brought to our `shape`, after checking its stored one."""
+def _check_shape(stored: _Stored, name: str, path: str, shape: tuple[int, ...]) -> None:
     inputs = INPUT_AXES.get(path.rpartition("/")[2])
     expected = shape
     if inputs is not None:
@@ -146,8 +177,33 @@ def _read_tensor(stored: _Stored, name: str, path: str, shape: tuple[int, ...]) 
             f"{stored.files[name]}: tensor {name} has shape {stored.shape(name)}, "
             f"expected {expected}"
         )
-    values = stored.read(name)
-    return (values if inputs is None else values.T).reshape(shape)
+
+
+def _part(
+    stored: _Stored, name: str, path: str, shape: tuple[int, ...], index: Index
+) -> np.ndarray:
+    """Part of tensor `name`, whose shape we call `shape`."""
+    inputs = INPUT_AXES.get(path.rpartition("/")[2])
+    if inputs is None:
+        return np.ascontiguousarray(stored.read(name, index))
+    flat = [_flat(shape[inputs:], index[inputs:])]
+    if inputs:
+        flat.append(_flat(shape[:inputs], index[:inputs]))
+    values = stored.read(name, tuple(flat)).T
+    # Of the first axis of either group what is wanted was read, of the others everything.
+    leading = (0, inputs)
+    read = [
+        axis.stop - axis.start if i in leading else size
+        for i, (axis, size) in enumerate(zip(index, shape, strict=True))
+    ]
+    rest = tuple(slice(None) if i in leading else axis for i, axis in enumerate(index))
+    return np.ascontiguousarray(values.reshape(read)[rest])
+
+
+def _flat(shape: tuple[int, ...], index: Index) -> slice:
+    """What of the flattened axes holds the part: a range, by the first of them."""
+    inner = math.prod(shape[1:])
+    return slice(index[0].start * inner, index[0].stop * inner)
 
 
 _FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -159,14 +215,14 @@ def _open_safetensors(folder: Path, arch: Arch) -> _Stored:
     def shape(name: str) -> tuple[int, ...]:
         return tuple(handles[files[name]].get_slice(name).get_shape())
 
-    def read(name: str) -> np.ndarray:
-        handle = handles[files[name]]
-        dtype = handle.get_slice(name).get_dtype()
+    def read(name: str, index: Index) -> np.ndarray:
+        tensor = handles[files[name]].get_slice(name)
+        dtype = tensor.get_dtype()
         if dtype not in _FLOAT_DTYPES:
             raise ValueError(
                 f"{files[name]}: tensor {name} is {dtype}; supported: {', '.join(_FLOAT_DTYPES)}"
             )
-        return handle.get_tensor(name).astype(np.float32)
+        return tensor[index].astype(np.float32)
 
     def ignored(name: str) -> bool:
         # Old exports keep the rotary frequencies; some keep a copy of a tied head. A head that is
@@ -237,7 +293,8 @@ def _open_gguf(path: Path, arch: Arch) -> _Stored:
     def shape(name: str) -> tuple[int, ...]:
         return tuple(map(int, reversed(tensors[name].shape)))
 
-    def read(name: str) -> np.ndarray:
+    @functools.lru_cache(maxsize=1)
+    def dequantised(name: str) -> np.ndarray:
         kind = tensors[name].tensor_type
         values = np.asarray(dequantize(tensors[name].data, kind), np.float32)
         if name.endswith("norm.weight"):  # llama.cpp keeps scales with the offset added
@@ -249,6 +306,9 @@ def _open_gguf(path: Path, arch: Arch) -> _Stored:
             values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
         count = next((n for suffix, n in heads.items() if name.endswith(suffix)), 0)
         return half_split_rows(values, count) if count else values
+
+    def read(name: str, index: Index) -> np.ndarray:
+        return dequantised(name)[index]
 
     files = dict.fromkeys(tensors, path)
     return _Stored(path, families_gguf.GGUF_LLAMA_NAMES, files, lambda name: False, shape, read)

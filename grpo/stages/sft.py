@@ -7,6 +7,7 @@ differs, and only completion tokens count.
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from grpo import hosts
 from grpo.batch import Sample, pack, row_shape, to_device, totals
@@ -24,6 +25,7 @@ from grpo.sharding import batch_ways
 from grpo.signals import StopSignal
 from grpo.structs import TrainState
 from grpo.update import (
+    Offload,
     Update,
     abstract_state,
     decayed_params,
@@ -92,7 +94,8 @@ class SftStage:
         self.save_every, self.keep = config.log.save_every, config.log.keep_checkpoints
         schedule = learning_rate(optim, sft.learning_rate, sft.warmup_updates, sft.num_steps)
         self.optimizer = make_optimizer(optim, schedule, decayed_params(policy))
-        self.update = Update(policy, sft_loss, self.optimizer, schedule)
+        self.offload = Offload(moments=optim.offload)
+        self.update = Update(policy, sft_loss, self.optimizer, schedule, offload=self.offload)
 
     def run(self, params: Params, stop: StopSignal, watchdog: Watchdog) -> Params:
         """The parameters after the stage; goes on from its own checkpoint if there is one.
@@ -101,11 +104,13 @@ class SftStage:
           FloatingPointError: too many updates in a row were not finite.
         """
         with ExitStack() as stack:
-            state = init_state(self.policy, params, self.optimizer)
+            form: dict[str, Any] = {"offload": self.offload}
+            state = init_state(self.policy, params, self.optimizer, **form)
             checkpoints = stack.enter_context(
                 Checkpoints(self.folder.saves / "sft" / "checkpoints", self.keep)
             )
-            state = checkpoints.restore(abstract_state(self.policy, self.optimizer)) or state
+            like = abstract_state(self.policy, self.optimizer, **form)
+            state = checkpoints.restore(like) or state
             done = int(state.step)
             if done < self.num_steps:
                 hosts.say(f"cold start: {self.num_steps} supervised steps of {self.rows} rows")
