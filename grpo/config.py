@@ -348,7 +348,7 @@ class GatesConfig(Section):
         0.05, "warn when a step changes the parameters by more, relative to their norm"
     )
     min_adapter_change: float = doc(
-        1e-4,
+        1e-5,
         "warn when adapters have added less to their matrices, relative to the matrices' norm, for "
         "still_steps steps in a row in which there was something to learn; 0 never does",
     )
