@@ -8,7 +8,7 @@ scanned along with the weights in the train form, constants in the decode form.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,9 @@ from grpo.model.attention import (
     within,
 )
 from grpo.model.embedding import embed_tokens
+from grpo.model.linear import Adapted, Weight, in_dtype, project
 from grpo.model.params import Params, ParamSpec, param_table
+from grpo.model.quantise import Quantised, dequantise, quantise
 from grpo.model.rope import Yarn, frequencies
 from grpo.model.stack import scan_layers
 from grpo.sharding import DECODE_RULES, propagated, shard, spec
@@ -41,6 +43,8 @@ REMAT_POLICIES: dict[str, Any] = {
     "products": jax.checkpoint_policies.save_only_these_names(*_PRODUCTS),
 }
 
+Stored = jax.Array | Quantised  # [B, K, S, H], as a cache keeps keys or values
+Cache = tuple[Stored, Stored]  # of one layer
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -94,39 +98,6 @@ def rotary(
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
-@jax.custom_vjp
-def linear(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
-    """x @ weight.
-
-    The gradient of the weight is written so that XLA on a CPU, which wants the left side of this
-    product turned around, turns the narrower of the two: left to itself it reads the wide one, with
-    all that made it, column by column (245 GFLOP/s instead of 311 for the forward and backward
-    pass of SmolLM2's MLP).
-    """
-    return jnp.einsum("btd,df->btf", x_BTD, weight_DF)
-
-
-def _linear_forward(
-    x_BTD: jax.Array, weight_DF: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return linear(x_BTD, weight_DF), (x_BTD, weight_DF)
-
-
-def _linear_backward(
-    kept: tuple[jax.Array, jax.Array], d_out_BTF: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x_BTD, weight_DF = kept
-    both = ((0, 1), (0, 1)), ((), ())
-    if x_BTD.shape[-1] > d_out_BTF.shape[-1]:
-        d_weight_DF = jax.lax.dot_general(d_out_BTF, x_BTD, both).T
-    else:
-        d_weight_DF = jax.lax.dot_general(x_BTD, d_out_BTF, both)
-    return jnp.einsum("btf,df->btd", d_out_BTF, weight_DF), d_weight_DF
-
-
-linear.defvjp(_linear_forward, _linear_backward)
-
-
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -146,15 +117,14 @@ def block(
     `attend(q, k, v)` gets this layer's projections, rotated, and returns the mixed values and
     whatever the caller wants to keep (the updated cache). It divides scores by sqrt(H).
     """
-    w = jax.tree.map(lambda a: a.astype(x_BTD.dtype), weights)
+    w = in_dtype(weights, x_BTD.dtype)
     B, T, _ = x_BTD.shape
 
     def norm(x_BTD: jax.Array, name: str) -> jax.Array:
         return rms_norm(x_BTD, w[name], arch.norm_eps, arch.norm_offset)
 
     def heads(h_BTD: jax.Array, name: str) -> jax.Array:
-        D, count, width = w[name].shape
-        product = linear(h_BTD, w[name].reshape(D, -1)).reshape(B, T, count, width)
+        product = project(h_BTD, w[name]).reshape(B, T, -1, arch.head_width)
         if arch.qkv_bias:
             product += w[f"{name}_bias"]
         return checkpoint_name(product, name)
@@ -173,12 +143,12 @@ def block(
     if arch.query_scale is not None:
         q_BTNH *= arch.query_scale * arch.head_width**0.5
     mixed_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
-    mixed_BTD = linear(mixed_BTNH.reshape(B, T, -1), w["o"].reshape(-1, arch.width))
+    mixed_BTD = project(mixed_BTNH.reshape(B, T, -1), w["o"])
     x_BTD = checkpoint_name(added(x_BTD, mixed_BTD, "post_attn_norm"), "residual")
     h_BTD = norm(x_BTD, "mlp_norm")
-    gate_BTF = checkpoint_name(linear(h_BTD, w["gate"]), "gate")
-    up_BTF = checkpoint_name(linear(h_BTD, w["up"]), "up")
-    down_BTD = linear(_ACTIVATIONS[arch.activation](gate_BTF) * up_BTF, w["down"])
+    gate_BTF = checkpoint_name(project(h_BTD, w["gate"]), "gate")
+    up_BTF = checkpoint_name(project(h_BTD, w["up"]), "up")
+    down_BTD = project(_ACTIVATIONS[arch.activation](gate_BTF) * up_BTF, w["down"])
     return added(x_BTD, down_BTD, "post_mlp_norm"), kept
 
 
@@ -205,12 +175,17 @@ def _gathered(weights: Params, arch: Arch, dtype: str) -> Params:
     Cast first, so that half as many bytes travel.
     """
 
-    def gather(spec: ParamSpec, weight: jax.Array) -> jax.Array:
+    def gather(weight: Weight, spec: ParamSpec) -> Weight:
+        if isinstance(weight, Adapted):
+            small = in_dtype((weight.a, weight.b), dtype)
+            return weight.replace(base=gather(weight.base, spec), a=small[0], b=small[1])
+        if isinstance(weight, Quantised):  # XLA gathers it
+            return in_dtype(weight, dtype)
         whole = shard(weight.astype(dtype), *spec.axes[1:], rules=DECODE_RULES)
         return checkpoint_name(whole, "weights")
 
     table = param_table(arch)["layers"]
-    return jax.tree.map(gather, table, weights, is_leaf=lambda x: isinstance(x, ParamSpec))
+    return {name: gather(weight, table[name]) for name, weight in weights.items()}
 
 
 def hidden_states(
@@ -303,7 +278,7 @@ def to_decode(params: Params, arch: Arch, dtype: str) -> Params:
     Run under `jit` with the decode shardings; the one place where parameters change dtype or
     layout for the sampler.
     """
-    cast = jax.tree.map(lambda a: a.astype(dtype), params)
+    cast = in_dtype(params, dtype)
     stacked = cast["layers"]
     cast["layers"] = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(arch.num_layers)]
     return cast
@@ -313,17 +288,39 @@ def _shard_kv(x_BKSH: jax.Array) -> jax.Array:
     return shard(x_BKSH, "batch", "kv_heads", None, None, rules=DECODE_RULES)
 
 
-def empty_cache(arch: Arch, rows: int, length: int, dtype: str) -> list[KV]:
+def empty_cache(arch: Arch, rows: int, length: int, dtype: str) -> list[Cache]:
     """Keys and values of nothing yet: per layer two arrays [rows, K, length, H].
 
     Heads come before positions, as the matrix products of decoding want them: the other order
-    makes XLA on a CPU turn the whole cache around at every token.
+    makes XLA on a CPU turn the whole cache around at every token. A `dtype` of "int8" keeps a
+    scale for each head of each token besides.
     """
     shape = (rows, arch.num_kv_heads, length, arch.head_width)
-    return [
-        (_shard_kv(jnp.zeros(shape, dtype)), _shard_kv(jnp.zeros(shape, dtype)))
-        for _ in range(arch.num_layers)
-    ]
+
+    def nothing() -> Stored:
+        if dtype != "int8":
+            return _shard_kv(jnp.zeros(shape, dtype))
+        return Quantised(
+            values=_shard_kv(jnp.zeros(shape, jnp.int8)),
+            scales=_shard_kv(jnp.zeros((*shape[:-1], 1), jnp.bfloat16)),
+        )
+
+    return [(nothing(), nothing()) for _ in range(arch.num_layers)]
+
+
+def in_int8(x_BKSH: jax.Array) -> Quantised:
+    """Keys or values in 8 bits, each head of each token with a scale."""
+    return quantise(x_BKSH, -1, x_BKSH.shape[-1])
+
+
+def stored_like(cache: Stored, new: jax.Array) -> Stored:
+    """`new` keys or values as the cache they go into stores them."""
+    return in_int8(new) if isinstance(cache, Quantised) else new.astype(cache.dtype)
+
+
+def _read(cache: Cache, dtype: Any) -> KV:
+    k, v = (dequantise(x, dtype) if isinstance(x, Quantised) else x for x in cache)
+    return k, v
 
 
 def prefill(weights: Params, arch: Arch, tokens_RQ: jax.Array) -> list[KV]:
@@ -352,12 +349,12 @@ def prefill(weights: Params, arch: Arch, tokens_RQ: jax.Array) -> list[KV]:
 def decode_step(
     weights: Params,
     arch: Arch,
-    prompts: list[KV],
+    prompts: Sequence[Cache],
     prompt_len_P: jax.Array,
-    cache: list[KV],
+    cache: Sequence[Cache],
     tokens_BT: jax.Array,
     written_B: jax.Array,
-) -> tuple[jax.Array, list[KV]]:
+) -> tuple[jax.Array, list[Cache]]:
     """Logits [B, T, V] of what follows each token, and the cache with their keys and values.
 
     Args:
@@ -370,31 +367,34 @@ def decode_step(
       written_B: tokens already in each row of the cache; these go behind them.
     """
     B, T = tokens_BT.shape
-    length = cache[0][0].shape[2]
+    length = jax.tree.leaves(cache[0])[0].shape[2]
     slot_BT = written_B[:, None] + jnp.arange(T)
     written_BTS = jnp.arange(length) <= slot_BT[..., None]
     prompt_len_B1 = jnp.repeat(prompt_len_P, B // len(prompt_len_P))[:, None]
     position_BT = prompt_len_B1 + slot_BT
     rows_B1 = jnp.arange(B)[:, None]
 
-    def put(cache_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+    def put(cache_BKSH: Stored, new_BTKH: jax.Array) -> Stored:
         # Indices around a slice put its axis last: [B, T, K, H], as the new ones are.
-        return cache_BKSH.at[rows_B1, :, slot_BT].set(
-            new_BTKH.astype(cache_BKSH.dtype), mode="drop", unique_indices=True
+        return jax.tree.map(
+            lambda a, new: a.at[rows_B1, :, slot_BT].set(new, mode="drop", unique_indices=True),
+            cache_BKSH,
+            stored_like(cache_BKSH, new_BTKH),
         )
 
     def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, *, prompt: KV, own: KV, window: int | None
-    ) -> tuple[jax.Array, KV]:
+        q: jax.Array, k: jax.Array, v: jax.Array, *, prompt: Cache, own: Cache, window: int | None
+    ) -> tuple[jax.Array, Cache]:
         own = put(own[0], k), put(own[1], v)
+        prompt_kv, own_kv = _read(prompt, q.dtype), _read(own, q.dtype)
         visible_BTS, prompt_visible_BTQ = written_BTS, None
         if window is not None:
             own_BS = prompt_len_B1 + jnp.arange(length)
-            prompt_1Q = jnp.arange(prompt[0].shape[2])[None]
+            prompt_1Q = jnp.arange(prompt_kv[0].shape[2])[None]
             visible_BTS = written_BTS & within(window, position_BT, own_BS)
             prompt_visible_BTQ = within(window, position_BT, prompt_1Q)
         mixed = shared_prefix_attention(
-            q, prompt, prompt_len_P, own, visible_BTS, prompt_visible_BTQ, arch.score_cap
+            q, prompt_kv, prompt_len_P, own_kv, visible_BTS, prompt_visible_BTQ, arch.score_cap
         )
         return mixed, own
 

@@ -12,6 +12,10 @@ from grpo.model.arch import Arch
 
 Params = dict[str, Any]  # nested dict of arrays, as `param_table` names them
 
+# The matrices of a layer, and how many of their leading axes (the layer's own left out) are summed
+# over in a product; the rest are its outputs.
+MATRICES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
@@ -67,13 +71,22 @@ def map_table(fn: Callable[[ParamSpec], Any], table: Mapping[str, Any]) -> dict[
     return jax.tree.map(fn, dict(table), is_leaf=lambda x: isinstance(x, ParamSpec))
 
 
-def decode_table(arch: Arch) -> dict[str, Any]:
-    """The table of the decode form: the stacked arrays become a list of one dict a layer."""
-    table = param_table(arch)
+def decode_table(table: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """The table of a decode form: the stacked arrays become a list of one dict a layer."""
     layer = map_table(
         lambda s: dataclasses.replace(s, shape=s.shape[1:], axes=s.axes[1:]), table["layers"]
     )
-    return {**table, "layers": [layer] * arch.num_layers}
+    return {**table, "layers": [layer] * num_layers}
+
+
+def matrix_spec(spec: ParamSpec, inputs: int) -> ParamSpec:
+    """A stacked array [L, *in, *out], of so many input axes, as the matrices [L, D, F] it is."""
+    layers, rest = spec.shape[0], spec.shape[1:]
+    return ParamSpec(
+        (layers, math.prod(rest[:inputs]), math.prod(rest[inputs:])),
+        (spec.axes[0], spec.axes[1], spec.axes[1 + inputs]),
+        spec.fan_in,
+    )
 
 
 def init_params(arch: Arch, key: jax.Array) -> Params:
