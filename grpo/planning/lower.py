@@ -179,7 +179,7 @@ def make_parts(config: Config, arch: Arch, devices: Sequence[Any] | Mesh) -> Par
     kept = {
         "parameters": params + device_bytes(policy.base_like),  # trained, and frozen beneath
         "optimiser": device_bytes(state.opt_state),
-        "reference": params if config.algo.kl_coef else 0.0,
+        "reference": params if config.algo.kl_coef and not config.algo.ref_offload else 0.0,
         "gradients": params,
         "decode weights": device_bytes(weights),
         "KV cache": device_bytes(caches["decode"]),
@@ -284,7 +284,9 @@ def compile_one(program: Program, mesh: Mesh) -> Compiled:
 
 def _mesh(sizes: MeshConfig, devices: Sequence[Any]) -> Mesh:
     try:
-        return make_mesh(sizes.data, sizes.fsdp, sizes.tensor, chosen=devices)
+        return make_mesh(
+            sizes.data, sizes.fsdp, sizes.tensor, sizes.axis_types, chosen=list(devices)
+        )
     except NotImplementedError as error:  # sides of a slice that do not multiply to the sizes
         raise ValueError(
             f"mesh data={sizes.data} x fsdp={sizes.fsdp} x tensor={sizes.tensor} cannot be laid on "
