@@ -82,13 +82,24 @@ class Source:
             return stored_as(path.rpartition("/")[2], array, self.base_dtype)
 
         base = dataclasses.replace(self, workdir=None).read(shardings, as_stored)
-        lora, table = self.lora, param_table(self.arch)
-        trained = adapter_table(table, lora.rank, target_names(table, lora.targets))
-        mesh = jax.tree.leaves(shardings)[0].mesh
-        adapters = read_params(checkpoints, self.step, param_shardings(trained, mesh))
-        whole = partial(merged, scale=lora.alpha / lora.rank, table=table)
+        adapters = self.adapters(jax.tree.leaves(shardings)[0].mesh)
+        scale = self.lora.alpha / self.lora.rank
+        whole = partial(merged, scale=scale, table=param_table(self.arch))
         merge = propagated(whole, specs_of(shardings))
         return jax.jit(merge, out_shardings=shardings)(adapters, base)
+
+    def adapters(self, mesh: Mesh) -> Params:
+        """What a run with `lora` trained, on the mesh.
+
+        Raises:
+          ValueError: it trained no adapters, or the checkpoint's are of another kind.
+        """
+        if self.lora is None or self.workdir is None:
+            raise ValueError(f"{self.workdir or self.files} has no adapters: see lora.rank")
+        table = param_table(self.arch)
+        trained = adapter_table(table, self.lora.rank, target_names(table, self.lora.targets))
+        checkpoints = self.workdir / "checkpoints"
+        return read_params(checkpoints, self.step, param_shardings(trained, mesh))
 
 
 def open_source(source: str, *, step: int | None = None, base: str = "") -> Source:

@@ -1,5 +1,6 @@
 """The exported adapter: names and layout, and the same logits in `peft`."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
 
 from grpo.checkpoint import Checkpoints
 from grpo.config import LoraConfig
+from grpo.export import export_adapter
 from grpo.model.decoder import head, hidden_states
 from grpo.model.families import HF_LLAMA_NAMES
 from grpo.model.lora import adapted, adapter_table, init_adapters, merged
@@ -91,6 +93,15 @@ def test_a_run_of_adapters_is_read_as_the_weights_it_stands_for(tmp_path, base_d
     expected = merged(adapters, stored(toy_params(), base_dtype), ALPHA / RANK, TABLE)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(got))
+    export_adapter(source, tmp_path / "adapter")
+    write_peft(tmp_path / "expected", adapters, ALPHA, str(tmp_path))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        written, wanted = (tmp_path / folder / name for folder in ("adapter", "expected"))
+        assert written.read_bytes() == wanted.read_bytes()
+    with pytest.raises(FileExistsError, match="exists already"):
+        export_adapter(source, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="has no adapters"):
+        export_adapter(dataclasses.replace(source, lora=None), tmp_path / "other")
 
 
 def hf_folder(folder: Path) -> None:
