@@ -1,10 +1,13 @@
-"""SmolLM2-135M-Instruct learns to say which of three numbers is the largest.
+r"""SmolLM2-135M-Instruct learns to say which of three numbers is the largest.
 
 Source: GRPO (arXiv:2402.03300) with DAPO's token-level loss and higher upper clip
   (arXiv:2503.14476); the model: arXiv:2502.02737.
 Command:
   python -m grpo.fetch smollm2-135m-instruct
   python -m grpo.launch --config=experiments/smollm2_max3.py --workdir=runs/smollm2_max3
+  The same with adapters in place of all weights (LoRA):
+  python -m grpo.launch --config=experiments/smollm2_max3.py --workdir=runs/smollm2_max3_lora \
+    --config.lora.rank=16 --config.optim.learning_rate=1e-4
 Hardware: two CPU cores, 8 GiB; any GPU or TPU.
 
 The pretrained model knows digits and chat, but copies one of the three numbers more or less at

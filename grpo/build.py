@@ -23,7 +23,7 @@ from grpo.data.tokenizer import Tokenizer
 from grpo.engine.engine import Engine, shared_slots
 from grpo.held_out import Evaluator
 from grpo.model.params import Params, attention_share
-from grpo.policy import Policy, make_policy
+from grpo.policy import Policy, describe_adapters, make_policy
 from grpo.schedule import Schedule, make_schedule
 from grpo.scoring import Scorer
 from grpo.sharding import batch_ways
@@ -113,6 +113,8 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
     track_reads(config)
     _keep_programs()
     policy = make_policy(config)
+    if config.lora.rank:
+        print(describe_adapters(policy, config.model.base_dtype), flush=True)
     stack.enter_context(jax.set_mesh(policy.mesh))
     algo, sample = config.algo, config.sample
     max_prompt, shape = config.data.max_prompt_tokens, microbatch_shape(config, policy)
@@ -233,7 +235,7 @@ def make_engine(config: Config, policy: Policy) -> Engine:
             problems_asked(config) * group_size,
         ),
         tokens_per_dispatch=sample.tokens_per_dispatch,
-        dtype=config.model.compute_dtype,
+        dtype="int8" if sample.cache == "int8" else config.model.compute_dtype,
         stop_strings=sample.stop_strings,
         tail_slots=sample.tail_slots,
         draft_tokens=sample.draft_tokens,
@@ -272,7 +274,8 @@ def _keep_programs() -> None:
 def _objective(config: Config, on_policy: bool) -> Objective:
     """The loss that `config.algo` puts together."""
     algo = config.algo
-    exact = on_policy and not algo.oversample
+    quantised = "int8" in (config.sample.weights, config.sample.cache)
+    exact = on_policy and not algo.oversample and not quantised
     corrected = algo.correction or (loss.uncorrected if exact else loss.truncated)
     return partial(
         loss.grpo_loss,

@@ -20,7 +20,7 @@ from typing import Any
 
 from grpo import advantage, loss
 from grpo.data.sources import ProblemSource
-from grpo.model.arch import ATTENTION_CHOICES, REMAT_CHOICES
+from grpo.model.arch import ATTENTION_CHOICES, BASE_DTYPES, REMAT_CHOICES, ROLLOUT_CHOICES
 from rewards.api import Reward
 
 
@@ -89,6 +89,22 @@ class ModelConfig(Section):
         "cudnn on a GPU in bfloat16 where the heads fit it, else xla",
     )
     logprob_chunk: int = doc(256, "completion tokens whose logits exist at one time, per row")
+    base_dtype: str = doc(
+        "float32",
+        f"what the frozen weights beneath adapters are stored in: {BASE_DTYPES}; bfloat16 is exact "
+        "where they were published in it, int8 and int4 quantise the matrices of layers (QLoRA)",
+    )
+
+
+@dataclasses.dataclass
+class LoraConfig(Section):
+    """Low-rank adapters, trained and saved in place of the weights, which stay frozen."""
+
+    rank: int = doc(0, "r, of every adapter; 0 trains all weights")
+    alpha: float = doc(32.0, "adapters count alpha / rank times")
+    targets: tuple[str, ...] = doc(
+        ("*",), "patterns of the matrices that get one: q k v o gate up down, [qv], *"
+    )
 
 
 @dataclasses.dataclass
@@ -129,6 +145,15 @@ class SampleConfig(Section):
     )
     tokens_per_dispatch: int = doc(16, "tokens decoded before the host looks again")
     stop_strings: tuple[str, ...] = doc((), "texts that end a completion, beside its stop tokens")
+    weights: str = doc(
+        "compute",
+        f"of the sampler, evaluation included: {ROLLOUT_CHOICES}; int8 rounds the matrices of "
+        "layers anew at each step, with one scale an output",
+    )
+    cache: str = doc(
+        "compute",
+        f"the sampler's keys and values: {ROLLOUT_CHOICES}; int8 has one scale a token and head",
+    )
 
 
 @dataclasses.dataclass
@@ -181,7 +206,8 @@ class AlgoConfig(Section):
         None,
         "importance weights against the sampler: truncated, icepop, masked_sequences of grpo.loss; "
         "uncorrected never corrects. None: the run decides: none while sampler and trainer are "
-        "exactly on-policy (one minibatch, one pass, nothing carried over), else truncated",
+        "exactly on-policy (one minibatch, one pass, nothing carried over, sampler not quantised), "
+        "else truncated",
     )
     clip_low: float = doc(
         0.2, "how far the ratio may fall below 1; needs several updates a rollout"
@@ -326,6 +352,11 @@ class GatesConfig(Section):
     max_param_change: float = doc(
         0.05, "warn when a step changes the parameters by more, relative to their norm"
     )
+    min_adapter_change: float = doc(
+        1e-5,
+        "warn when adapters have added less to their matrices, relative to the matrices' norm, for "
+        "still_steps steps in a row in which there was something to learn; 0 never does",
+    )
     max_kl_old_nats: float = doc(
         0.5, "warn when the updates of a step move the policy further, in KL divergence per token"
     )
@@ -372,6 +403,7 @@ class Config(Section):
     seed: int = doc(0, "everything random in the run follows from it")
     num_steps: int = doc(100, "rollouts")
     model: ModelConfig = doc(ModelConfig, "the policy")
+    lora: LoraConfig = doc(LoraConfig, "the adapters")
     data: DataConfig = doc(DataConfig, "the problems")
     sample: SampleConfig = doc(SampleConfig, "sampling")
     reward: RewardConfig = doc(RewardConfig, "scoring")
@@ -454,18 +486,18 @@ _POSITIVE = """
     sample.max_new_tokens sample.slots sample.tokens_per_dispatch data.max_prompt_tokens
     reward.workers reward.deadline_s reward.wait_s hosts.watch_s
     model.width model.mlp_width model.num_layers
-    model.num_heads model.num_kv_heads model.logprob_chunk optim.eps optim.clip_norm
+    model.num_heads model.num_kv_heads model.logprob_chunk lora.alpha optim.eps optim.clip_norm
     gates.max_bad_updates gates.max_gap_nats_mean gates.max_gap_nats_max gates.max_sampler_kl_nats
     gates.degenerate_steps gates.still_steps gates.max_param_change gates.max_kl_old_nats
     sft.rows_per_step sft.microbatch_tokens eval.num_problems eval.num_samples eval.top_p
     log.save_every log.keep_checkpoints
 """.split()
 _NOT_NEGATIVE = """
-    seed num_steps sample.slots_per_prompt sample.tail_slots sample.draft_tokens algo.clip_high
-    algo.kl_coef algo.ref_every algo.entropy_coef algo.dynamic_rounds algo.curriculum
+    seed num_steps lora.rank sample.slots_per_prompt sample.tail_slots sample.draft_tokens
+    algo.clip_high algo.kl_coef algo.ref_every algo.entropy_coef algo.dynamic_rounds algo.curriculum
     algo.overlong_buffer_tokens algo.overlong_penalty optim.learning_rate optim.warmup_updates
     optim.weight_decay reward.gold_check sft.num_steps sft.learning_rate
-    sft.warmup_updates eval.every eval.top_k log.rollouts_every
+    sft.warmup_updates eval.every eval.top_k log.rollouts_every gates.min_adapter_change
 """.split()
 _SHARES = """
     algo.clip_low algo.oversample optim.end_share optim.beta1 optim.beta2 gates.max_failure_rate
@@ -526,11 +558,15 @@ def validate(config: Config) -> None:
         config.model.thinking in choices,
         f"model.thinking is {config.model.thinking!r}; choose from {choices}",
     )
-    dtypes = ("float32", "bfloat16")
-    _need(
-        config.model.compute_dtype in dtypes,
-        f"model.compute_dtype is {config.model.compute_dtype!r}; choose from {dtypes}",
-    )
+    dtypes = {
+        "model.compute_dtype": ("float32", "bfloat16"),
+        "model.base_dtype": BASE_DTYPES,
+        "sample.weights": ROLLOUT_CHOICES,
+        "sample.cache": ROLLOUT_CHOICES,
+    }
+    for name, known in dtypes.items():
+        _need(value_of[name] in known, f"{name} is {value_of[name]!r}; choose from {known}")
+    _validate_adapters(config)
     _need("{gold}" in reward.gold_format, "reward.gold_format must contain {gold}")
     updates = config.num_steps * algo.minibatches * algo.passes
     _need(
@@ -554,6 +590,16 @@ def validate(config: Config) -> None:
             f"sft.warmup_updates is {sft.warmup_updates}, but the cold start makes only "
             f"sft.num_steps = {sft.num_steps} updates: it would never reach its learning rate",
         )
+
+
+def _validate_adapters(config: Config) -> None:
+    lora, base_dtype = config.lora, config.model.base_dtype
+    _need(bool(lora.targets), "lora.targets is empty: no matrix would get an adapter")
+    _need(
+        lora.rank == 0 or config.sample.weights == "compute" or not base_dtype.startswith("int"),
+        f"sample.weights is {config.sample.weights!r}, but model.base_dtype is {base_dtype!r}: the "
+        "sampler uses the base as it is stored; leave sample.weights at 'compute'",
+    )
 
 
 def _validate_algorithm(config: Config) -> None:

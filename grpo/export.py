@@ -5,7 +5,8 @@
 writes the newest checkpoint of a run into the new folder OUT, in Hugging Face's layout: config,
 safetensors, tokenizer, chat template, generation config and model card. `transformers` loads it,
 and so does `model.source` here. If OUT ends in .gguf it is one file for llama.cpp. In place of
-WORKDIR stands anything that `model.source` takes.
+WORKDIR stands anything that `model.source` takes. Adapters (lora.rank) are merged into the model
+beneath them, or with --adapter written alone, for `peft`.
 """
 
 import json
@@ -25,13 +26,17 @@ from grpo.checkpoint import params_sha256
 from grpo.data.tokenizer_out import add_to_gguf, write_tokenizer
 from grpo.model.families_out import hf_config
 from grpo.model.gguf_out import GGUF_DTYPES, write_gguf
+from grpo.model.lora_export import write_peft
 from grpo.model.params import Params, param_table
 from grpo.model.weights_out import DTYPES, write_safetensors
 from grpo.model_card import model_card
-from grpo.sharding import param_shardings
+from grpo.sharding import param_shardings, replicated
 from grpo.source import Source, fitting_mesh, open_source
 
-_USAGE = "usage: python -m grpo.export WORKDIR OUT [--dtype=bfloat16] [--step=N] [--base=MODEL]"
+_USAGE = (
+    "usage: python -m grpo.export WORKDIR OUT [--dtype=bfloat16] [--adapter] [--step=N] "
+    "[--base=MODEL]"
+)
 _GB = 10**9
 
 
@@ -60,8 +65,7 @@ def export(
     if dtype not in dtypes:
         kind = "a .gguf file" if is_gguf else "a folder"
         raise ValueError(f"--dtype={dtype}: {kind} has one of {', '.join(dtypes)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists already; name another place, or remove it")
+    _refuse_existing(out)
     mesh = fitting_mesh(source.arch)
     with jax.set_mesh(mesh), _whole(out) as partial_out:
         params = source.read(param_shardings(param_table(source.arch), mesh))
@@ -81,6 +85,31 @@ def export(
             )
         else:
             _write_folder(partial_out, source, params, dtype, int(max_shard_gb * _GB))
+
+
+def export_adapter(source: Source, out: Path) -> None:
+    """Writes the adapters of a run to the new folder `out`, as `peft` stores them.
+
+    On several processes each must call it.
+
+    Raises:
+      FileExistsError: something is there.
+      ValueError: the run trained no adapters.
+    """
+    _refuse_existing(out)
+    mesh = fitting_mesh(source.arch)
+    with jax.set_mesh(mesh):
+        adapters = jax.device_put(source.adapters(mesh), replicated(mesh))
+    assert source.lora is not None  # or there were no adapters
+    if jax.process_index() == 0:
+        with _whole(out) as folder:
+            write_peft(folder, adapters, source.lora.alpha, str(source.files))
+            write_tokenizer(folder, source.tokenizer, source.files)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists already; name another place, or remove it")
 
 
 def _write_folder(
@@ -161,12 +190,18 @@ def main() -> None:
     base = flags.DEFINE_string(
         "base", "", "where the model that the run began with is now, if it was moved"
     )
+    adapter = flags.DEFINE_bool("adapter", False, "the adapters alone, as `peft` stores them")
     shard = flags.DEFINE_float("max_shard_gb", 5.0, "largest safetensors file, 10^9 bytes", 0.001)
 
     def start(source: str, out: str) -> None:
         opened = open_source(source, step=step.value, base=base.value)
         target = Path(out).expanduser()
-        export(opened, target, dtype=dtype.value, max_shard_gb=shard.value)
+        if adapter.value:
+            if dtype.value or target.suffix == ".gguf":
+                raise ValueError("--adapter writes a folder of float32; it goes without --dtype")
+            export_adapter(opened, target)
+        else:
+            export(opened, target, dtype=dtype.value, max_shard_gb=shard.value)
         if jax.process_index() == 0:
             files = [target] if target.is_file() else sorted(target.iterdir())
             size = sum(file.stat().st_size for file in files)

@@ -299,6 +299,32 @@ def still_policy(bounds: GatesConfig, now: Now) -> Alarm | None:
     )
 
 
+def idle_adapters(bounds: GatesConfig, now: Now) -> Alarm | None:
+    """Warns: adapters begin at zero, and a learning rate made for all weights keeps them there."""
+
+    def idle(row: Metrics) -> bool:
+        return (
+            "lora/weight_change" in row
+            and _value(row, "lora/weight_change") < bounds.min_adapter_change
+            and _value(row, "groups/signal") > 0
+        )
+
+    lasted = now.lasting(idle)
+    if lasted < bounds.still_steps:
+        return None
+    return Alarm(
+        gate="idle_adapters",
+        stops=False,
+        seen=f"after {lasted} steps in a row with something to learn, the adapters have changed "
+        f"their matrices by {now['lora/weight_change']:.2g} of the matrices' norm, with learning "
+        f"rate {now['optim/learning_rate']:.3g}",
+        bound=f"gates.min_adapter_change = {bounds.min_adapter_change:g}, gates.still_steps = "
+        f"{bounds.still_steps}",
+        cause="a learning rate made for training all weights; adapters want about ten times it",
+        remedy="raise optim.learning_rate (1e-5 to 1e-4 is usual for adapters)",
+    )
+
+
 def leaping_policy(bounds: GatesConfig, now: Now) -> Alarm | None:
     """Warns: the damage of this step is done, and whether it is one the next steps will show."""
     change = now["optim/param_change"]
@@ -342,6 +368,7 @@ UPDATE_GATES: tuple[Gate, ...] = (
     wide_gap_once,
     sampler_divergence,
     still_policy,
+    idle_adapters,
     leaping_policy,
     drifting_policy,
 )

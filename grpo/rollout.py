@@ -106,8 +106,9 @@ def rollout_metrics(
 
 
 def expert_load(completions: Sequence[Completion]) -> dict[str, float]:
-    """`experts/busiest_share`: of a layer's tokens, each counted once for every expert it went to,
-    those of the expert with most; in the most uneven layer. 1 / E is even, 1 / k one set for all."""
+    """`experts/busiest_share`: the share of a layer's tokens, each counted once for every expert it
+    went to, of the expert with most; in the most uneven layer. 1 / E is even, 1 / k one for all.
+    """
     routes = [c.routes for c in completions if c.routes is not None]
     if not routes:
         return {}

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,13 +13,18 @@ from jax.sharding import Mesh
 
 from grpo import fetch
 from grpo.checkpoint import read_params, saved_steps
-from grpo.config import ModelConfig
+from grpo.config import LoraConfig, ModelConfig
 from grpo.data.tokenizer import Tokenizer, load_tokenizer, with_thinking
 from grpo.model.arch import Arch
 from grpo.model.families import arch_from_hf
+from grpo.model.lora import adapter_table, merged, target_names
 from grpo.model.params import Params, ParamSpec, param_table
+from grpo.model.quantise import stored_as
 from grpo.model.weights import StoredArray, load_weights, read_arch
-from grpo.sharding import make_mesh, param_shardings
+from grpo.sharding import make_mesh, param_shardings, propagated, specs_of
+
+_S = TypeVar("_S", ModelConfig, LoraConfig)
+Keep = Callable[[str, jax.Array], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Source:
         if it began as random weights.
       workdir: of the run it is a checkpoint of; None if it is `files`.
       step: of that checkpoint.
+      lora: of the run, if it trained adapters: the checkpoint then holds nothing else.
+      base_dtype: what it stored `files` in beneath them.
     """
 
     arch: Arch
@@ -39,17 +47,60 @@ class Source:
     files: Path | None
     workdir: Path | None = None
     step: int = 0
+    lora: LoraConfig | None = None
+    base_dtype: str = "float32"
 
-    def read(self, shardings: dict[str, Any]) -> Params:
+    def read(self, shardings: dict[str, Any], keep: Keep | None = None) -> Params:
         """The parameters, float32, laid out as `shardings` (nested as they are) say.
+
+        Those of a run that trained adapters are merged into what is beneath them.
+
+        Args:
+          shardings: of the arrays.
+          keep: (path, array) -> what is kept of an array, asked as soon as the array is there.
 
         Raises:
           FileNotFoundError, ValueError: what is stored is not a whole model of this shape.
         """
+        keep = keep or (lambda path, array: array)
         if self.workdir is not None:
-            return read_params(self.workdir / "checkpoints", self.step, shardings)
+            params = self._of_run(self.workdir / "checkpoints", shardings)
+            layers = {n: keep(f"layers/{n}", array) for n, array in params["layers"].items()}
+            rest = {n: keep(n, array) for n, array in params.items() if n != "layers"}
+            return {**rest, "layers": layers}
         assert self.files is not None
-        return load_weights(self.files, self.arch, partial(_put, shardings))
+
+        def put(path: str, spec: ParamSpec, array: StoredArray) -> Any:
+            return keep(path, _put(shardings, path, spec, array))
+
+        return load_weights(self.files, self.arch, put)
+
+    def _of_run(self, checkpoints: Path, shardings: dict[str, Any]) -> Params:
+        if self.lora is None:
+            return read_params(checkpoints, self.step, shardings)
+
+        def as_stored(path: str, array: jax.Array) -> Any:
+            return stored_as(path.rpartition("/")[2], array, self.base_dtype)
+
+        base = dataclasses.replace(self, workdir=None).read(shardings, as_stored)
+        adapters = self.adapters(jax.tree.leaves(shardings)[0].mesh)
+        scale = self.lora.alpha / self.lora.rank
+        whole = partial(merged, scale=scale, table=param_table(self.arch))
+        merge = propagated(whole, specs_of(shardings))
+        return jax.jit(merge, out_shardings=shardings)(adapters, base)
+
+    def adapters(self, mesh: Mesh) -> Params:
+        """What a run with `lora` trained, on the mesh.
+
+        Raises:
+          ValueError: it trained no adapters, or the checkpoint's are of another kind.
+        """
+        if self.lora is None or self.workdir is None:
+            raise ValueError(f"{self.workdir or self.files} has no adapters: see lora.rank")
+        table = param_table(self.arch)
+        trained = adapter_table(table, self.lora.rank, target_names(table, self.lora.targets))
+        checkpoints = self.workdir / "checkpoints"
+        return read_params(checkpoints, self.step, param_shardings(trained, mesh))
 
 
 def open_source(source: str, *, step: int | None = None, base: str = "") -> Source:
@@ -162,10 +213,13 @@ def _open_workdir(workdir: Path, step: int | None, base: str) -> Source:
     if step is not None and step not in steps:
         raise FileNotFoundError(f"{folder} holds checkpoints {steps}, none after step {step}")
     step = steps[-1] if step is None else step
-    stored = config_of(workdir)["model"]
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    model = ModelConfig(**{name: value for name, value in stored.items() if name in names})
+    stored = config_of(workdir)
+    model, lora = _section(ModelConfig, stored), _section(LoraConfig, stored)
     if not model.source and not base:
+        if lora.rank:
+            raise ValueError(
+                f"the run in {workdir} trained adapters over random weights, which it did not save"
+            )
         tokenizer = load_tokenizer("bytes")
         arch = new_arch(model, tokenizer.vocab_size)
         return Source(arch, tokenizer, None, workdir, step)
@@ -179,7 +233,28 @@ def _open_workdir(workdir: Path, step: int | None, base: str) -> Source:
     tokenizer = origin.tokenizer
     if model.thinking != "default":  # ask as the run asked
         tokenizer = with_thinking(tokenizer, model.thinking == "on")
-    return dataclasses.replace(origin, tokenizer=tokenizer, workdir=workdir, step=step)
+    return dataclasses.replace(
+        origin,
+        tokenizer=tokenizer,
+        workdir=workdir,
+        step=step,
+        lora=lora if lora.rank else None,
+        base_dtype=model.base_dtype,
+    )
+
+
+def _section(kind: type[_S], config: Mapping[str, Any]) -> _S:
+    """A section of a run's stored configuration; what an older run did not have has defaults."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    stored = config.get(kind.__name__.removesuffix("Config").lower(), {})
+    return kind(**{name: value for name, value in stored.items() if name in names})
+
+
+def at_path(tree: Any, path: str) -> Any:
+    """The leaf of nested dicts under a path such as "layers/q"."""
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
 
 
 def _put(
@@ -189,9 +264,7 @@ def _put(
 
     Only the shards of this host's devices are read, each once, and one at a time is held.
     """
-    sharding: Any = shardings
-    for name in path.split("/"):
-        sharding = sharding[name]
+    sharding = at_path(shardings, path)
     where: dict[Any, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(array.shape).items():
         bounds = tuple(axis.indices(n)[:2] for axis, n in zip(index, array.shape, strict=True))

@@ -114,7 +114,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
                 copy = jax.tree.map(jnp.copy, state.params)
                 state = state.replace(ref_params=run.keep_reference(copy))
 
-            metrics |= report
+            metrics |= report | run.policy.change(state.params)
             metrics["optim/bad_updates"] = int(state.bad_updates)
             metrics["time/update_s"] = time.monotonic() - updating
             metrics["time/step_s"] = time.monotonic() - started

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo.config import OptimConfig
 from grpo.loss import Maxima, Means
-from grpo.model.params import Params, ParamSpec, map_table, param_table
+from grpo.model.params import Params, ParamSpec, map_table
 from grpo.model.stack import Summed
 from grpo.policy import Logprobs, Policy
 from grpo.sharding import in_host_memory, propagated, replicated, specs_of
@@ -67,7 +67,7 @@ def make_optimizer(
 
 def decayed_params(policy: Policy) -> dict[str, Any]:
     """True for matrices, False for norm scales and biases."""
-    return map_table(lambda spec: spec.fan_in > 0, param_table(policy.arch))
+    return map_table(lambda spec: spec.fan_in > 0, policy.table)
 
 
 def init_state(
@@ -102,7 +102,7 @@ def abstract_params(policy: Policy) -> Params:
     """Shapes and shardings of the parameters, without the parameters."""
     return jax.tree.map(
         lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=sharding),
-        param_table(policy.arch),
+        policy.table,
         policy.shardings,
         is_leaf=lambda x: isinstance(x, ParamSpec),
     )
@@ -167,14 +167,20 @@ class Sums(struct.PyTreeNode):
 
 
 def no_sums(
-    params: Params, batch: Batch, totals: Totals, *, logprobs: Logprobs, objective: Objective
+    params: Params,
+    base: Params,
+    batch: Batch,
+    totals: Totals,
+    *,
+    logprobs: Logprobs,
+    objective: Objective,
 ) -> Sums:
     """What nothing adds up to: zeros, and of maxima the least."""
 
-    def outputs(params: Params, batch: Batch, totals: Totals) -> Any:
-        return objective(*logprobs(params, batch), batch, totals)
+    def outputs(params: Params, base: Params, batch: Batch, totals: Totals) -> Any:
+        return objective(*logprobs(params, base, batch), batch, totals)
 
-    loss, means, maxima = jax.eval_shape(outputs, params, batch, totals)
+    loss, means, maxima = jax.eval_shape(outputs, params, base, batch, totals)
     lowest = jax.tree.map(lambda a: jnp.full(a.shape, -jnp.inf, a.dtype), maxima)
     loss, means, grads = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (loss, means, params))
     return Sums(loss=loss, means=means, maxima=lowest, grads=grads)
@@ -183,6 +189,7 @@ def no_sums(
 def add_sums(
     sums: Sums,
     params: Params,
+    base: Params,
     batch: Batch,
     totals: Totals,
     *,
@@ -192,13 +199,14 @@ def add_sums(
     """`sums` and loss, metrics and gradients of one more microbatch.
 
     Its loss is divided by the counts of the whole minibatch beforehand, so the sum over
-    microbatches is the loss: a mean of microbatch means would not be.
+    microbatches is the loss: a mean of microbatch means would not be. `base` (`grpo.policy`) is
+    frozen.
     """
     earlier = sums.grads
 
     def loss(params: Params) -> tuple[jax.Array, tuple[Means, Maxima]]:
         adding = params | {"layers": Summed(params["layers"], earlier["layers"])}
-        logprobs_RC, entropy_RC = logprobs(adding, batch)
+        logprobs_RC, entropy_RC = logprobs(adding, base, batch)
         # The loss knows no mesh.
         on_rows = propagated(objective, PartitionSpec())
         value, means, maxima = on_rows(logprobs_RC, entropy_RC, batch, totals)
@@ -246,6 +254,7 @@ class Update:
         on_device = _shardings(abstract_state(policy, optimizer, **form)).opt_state
         everywhere = replicated(policy.mesh)
         sums = Sums(loss=everywhere, means=everywhere, maxima=everywhere, grads=state.params)
+        self._base, self._base_like = policy.base, policy.base_like
         parts: Any = {"logprobs": policy.logprobs, "objective": objective}
         nothing = propagated(partial(no_sums, **parts), specs_of(sums))
         self._nothing = jax.jit(nothing, out_shardings=sums)
@@ -275,7 +284,7 @@ class Update:
         The optimiser is compiled for a state that need not be there: it would consume it.
         """
         totals = Totals(np.float32(1), np.float32(1))
-        sums_like = jax.eval_shape(self._nothing, params, empty, totals)
+        sums_like = jax.eval_shape(self._nothing, params, self._base(), empty, totals)
         self._apply = self._apply.lower(self._like, sums_like).compile()
         jax.block_until_ready(self.sums(params, [empty], totals))
 
@@ -283,20 +292,22 @@ class Update:
         """What `compile` compiles, for an abstract microbatch."""
         count = jax.ShapeDtypeStruct((), jnp.float32)
         totals, params = Totals(count, count), self._like.params
-        sums = jax.eval_shape(self._nothing, params, batch, totals)
+        given = params, self._base_like, batch, totals
+        sums = jax.eval_shape(self._nothing, *given)
         sums = sums.replace(grads=params)  # their shapes and shardings
         return [
-            Program("no gradients", self._nothing, (params, batch, totals)),
-            Program("gradients", self._add, (sums, params, batch, totals)),
+            Program("no gradients", self._nothing, given),
+            Program("gradients", self._add, (sums, *given)),
             Program("optimiser", self._apply, (self._like, sums)),
         ]
 
     def sums(self, params: Params, microbatches: Sequence[Batch], totals: Totals) -> Sums:
         """Loss, metrics and gradients of a minibatch."""
+        base = self._base()
         totals = Totals(*(np.float32(max(count, 1)) for count in totals))
-        sums = self._nothing(params, microbatches[0], totals)
+        sums = self._nothing(params, base, microbatches[0], totals)
         for batch in microbatches:
-            sums = self._add(sums, params, batch, totals)
+            sums = self._add(sums, params, base, batch, totals)
         return sums
 
     def num_compiled(self) -> int:
@@ -349,9 +360,15 @@ def _apply(
 
 
 def make_logprobs(policy: Policy) -> Callable[[Params, Batch], jax.Array]:
-    """Jitted log-probs [R, C] of a microbatch."""
+    """(parameters, microbatch) -> log-probs [R, C], jitted."""
+    program: Any = logprobs_program(policy)
+    return lambda params, batch: program(params, policy.base(), batch)
 
-    def run(params: Params, batch: Batch) -> jax.Array:
-        return policy.logprobs(params, batch)[0]
+
+def logprobs_program(policy: Policy) -> Any:
+    """The same with the frozen base as an argument: (parameters, base, microbatch)."""
+
+    def run(params: Params, base: Params, batch: Batch) -> jax.Array:
+        return policy.logprobs(params, base, batch)[0]
 
     return jax.jit(run, out_shardings=replicated(policy.mesh))

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from tiny_experiment import get_config
 
+from grpo import loss
 from grpo.batch import RowShape
-from grpo.build import Run, _usable, build
+from grpo.build import Run, _objective, _usable, build
+from grpo.config import validate
 from grpo.data.tokenizer import ByteTokenizer
 from rewards.api import Problem
 from rewards.math_answer import check_reference
@@ -71,6 +73,37 @@ def test_what_is_computed_follows_from_the_algorithm(
     assert run.schedule.on_policy == on_policy
     assert (run.state_like.ref_params is not None) == keeps_reference
     assert run.schedule.updates == 4 * algo.get("passes", 1) * algo.get("minibatches", 1)
+
+
+@pytest.mark.parametrize(
+    "sample, algo, chosen",
+    [
+        ({}, {}, loss.uncorrected),
+        ({"weights": "int8"}, {}, loss.truncated),
+        ({"cache": "int8"}, {}, loss.truncated),
+        ({"cache": "int8"}, {"correction": loss.icepop}, loss.icepop),
+        ({"cache": "int8"}, {"correction": loss.uncorrected}, loss.uncorrected),
+        ({}, {"passes": 2}, loss.truncated),
+        ({}, {"oversample": 0.5}, loss.truncated),
+    ],
+)
+def test_what_is_not_sampled_from_the_policy_is_corrected(sample, algo, chosen):
+    config = get_config()
+    for section, changes in ((config.sample, sample), (config.algo, algo)):
+        for name, value in changes.items():
+            setattr(section, name, value)
+    validate(config)
+    correction = _objective(config, algo.get("passes", 1) == 1).keywords["correction"]  # type: ignore[attr-defined]
+    assert getattr(correction, "func", correction) is chosen
+
+
+def test_what_is_only_for_adapters_may_not_be_set_without_them(tmp_path):
+    config = get_config()
+    config.lora.alpha, config.lora.targets, config.model.base_dtype = 8.0, ("q",), "int4"
+    with ExitStack() as stack, pytest.raises(ValueError, match="does not use them") as refused:
+        build(config, tmp_path, stack, baseline=get_config())
+    for field in ("model.base_dtype='int4'", "lora.alpha=8.0", "lora.targets=('q',)"):
+        assert f"config.{field}" in str(refused.value)
 
 
 def test_rows_fit_the_budget_of_a_device_and_divide_over_the_mesh(tmp_path, capsys):

@@ -131,7 +131,7 @@ ARCH = Arch(
 class RandomSource(Source):
     """Random weights, not read from anywhere."""
 
-    def read(self, shardings):
+    def read(self, shardings, keep=None):
         return jax.device_put(init_params(ARCH, jax.random.key(3)), shardings)
 
 

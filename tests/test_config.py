@@ -37,10 +37,11 @@ def tiny(**changes: Any) -> Config:
 SURFACE = """
     config: seed num_steps
     config.model: source shape thinking width mlp_width num_layers num_heads num_kv_heads
-      compute_dtype remat logprob_chunk attention
+      compute_dtype remat attention logprob_chunk base_dtype
+    config.lora: rank alpha targets
     config.data: train held_out max_prompt_tokens check_reference
     config.sample: temperature max_new_tokens slots slots_per_prompt tail_slots draft_tokens
-      tokens_per_dispatch stop_strings
+      tokens_per_dispatch stop_strings weights cache
     config.reward: functions workers deadline_s wait_s gold_format gold_check
     config.algo: problems_per_step group_size minibatches passes microbatch_tokens advantage
       objective aggregate correction clip_low clip_high dual_clip sapo_temperature_positive
@@ -53,7 +54,7 @@ SURFACE = """
     config.eval: every num_problems num_samples temperature top_k top_p min_p answer_of
     config.gates: max_bad_updates max_gap_nats_mean max_gap_nats_max max_sampler_kl_nats
       max_failure_rate max_timeout_rate max_repeated_share max_zero_id_share max_stuck_share
-      degenerate_steps still_steps max_param_change max_kl_old_nats
+      degenerate_steps still_steps max_param_change min_adapter_change max_kl_old_nats
     config.log: save_every keep_checkpoints rollouts_every
     config.mesh: data fsdp tensor expert axis_types
     config.hosts: watch_s
@@ -204,6 +205,16 @@ def test_whole_numbers_are_fine_where_fractions_are():
         (
             {"algo__oversample": 0.5, "algo__correction": loss.uncorrected},
             "oversample is set, but algo.correction is loss.uncorrected: carried tokens",
+        ),
+        ({"lora__rank": -1}, "lora.rank is -1; it cannot be negative"),
+        ({"lora__alpha": 0.0}, "lora.alpha is 0.0; it must be positive"),
+        ({"lora__targets": ()}, "lora.targets is empty: no matrix would get an adapter"),
+        ({"model__base_dtype": "nf4"}, r"model.base_dtype is 'nf4'; choose from \('float32'"),
+        ({"sample__weights": "int4"}, r"sample.weights is 'int4'; choose from \('compute', 'int8'"),
+        ({"sample__cache": "float32"}, r"sample.cache is 'float32'; choose from \('compute'"),
+        (
+            {"lora__rank": 2, "model__base_dtype": "int4", "sample__weights": "int8"},
+            "sample.weights is 'int8', but model.base_dtype is 'int4': the sampler uses the base",
         ),
         ({"algo__curriculum": -1}, "algo.curriculum is -1; it cannot be negative"),
         ({"eval__temperature": -0.1}, "eval.temperature is -0.1; it must be a finite number, 0"),

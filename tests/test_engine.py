@@ -22,7 +22,7 @@ from grpo.engine.programs import Slots, _guess
 from grpo.engine.sampling import inverse_cdf, sample_token
 from grpo.model.decoder import to_decode
 from grpo.model.logprobs import completion_logprobs
-from grpo.model.params import Params, decode_table
+from grpo.model.params import Params, decode_table, param_table
 from grpo.sharding import DECODE_RULES, param_shardings
 from grpo.structs import Completion
 
@@ -119,7 +119,9 @@ def mesh(devices: int) -> Mesh:
 @functools.cache
 def decode_weights(devices: int) -> Params:
     to_form = partial(to_decode, arch=ARCH, dtype="float32")
-    shardings = param_shardings(decode_table(ARCH), mesh(devices), DECODE_RULES)
+    shardings = param_shardings(
+        decode_table(param_table(ARCH), ARCH.num_layers), mesh(devices), DECODE_RULES
+    )
     return jax.jit(to_form, out_shardings=shardings)(toy_params())
 
 

@@ -30,6 +30,7 @@ GATES = {gate.__name__: gate for gate in ROLLOUT_GATES + UPDATE_GATES}
 # larger model with two minibatches in bfloat16 has it.
 HEALTHY: dict[str, float | None] = {
     "groups/signal": 0.6875,
+    "lora/weight_change": 0.002,
     "optim/bad_updates": 0.0,
     "optim/grad_norm": 0.201,
     "optim/learning_rate": 2e-4,
@@ -133,6 +134,18 @@ def test_a_policy_that_stands_still_though_it_could_learn():
         assert told("still_policy", [*[still] * 4, last]) is None
     del still["optim/param_change"]
     assert told("still_policy", [still] * 5) is None
+
+
+def test_adapters_that_hardly_move():
+    idle = row(lora__weight_change=1e-6, optim__learning_rate=5e-7)
+    assert told("idle_adapters", [idle] * 4) is None
+    alarm = told("idle_adapters", [idle] * 5)
+    assert not alarm.stops
+    assert "changed their matrices by 1e-06 of the matrices' norm" in alarm.seen
+    assert "learning rate 5e-07" in alarm.seen
+    for excuse in ({"groups__signal": 0.0}, {"lora__weight_change": 1e-5}):
+        last = idle | {name.replace("__", "/"): value for name, value in excuse.items()}
+        assert told("idle_adapters", [*[idle] * 4, last]) is None
 
 
 def test_a_skipped_update_says_nothing_about_the_sampler():

@@ -18,7 +18,7 @@ from grpo.data.tokenizer import ByteTokenizer
 from grpo.engine.engine import Engine, EngineStats
 from grpo.held_out import Evaluator, filters_of, held_out_metrics
 from grpo.model.decoder import to_decode
-from grpo.model.params import decode_table
+from grpo.model.params import decode_table, param_table
 from grpo.scoring import Scorer
 from grpo.sharding import DECODE_RULES, param_shardings
 from grpo.structs import LENGTH, Completion
@@ -174,7 +174,9 @@ def test_the_engine_gets_the_evaluations_own_numbers(scorer, changes, expected):
 def toy(scorer):
     """Evaluates the toy model as a config says; gives its completions, problem by problem."""
     mesh = mesh_of()
-    shardings = param_shardings(decode_table(ARCH), mesh, DECODE_RULES)
+    shardings = param_shardings(
+        decode_table(param_table(ARCH), ARCH.num_layers), mesh, DECODE_RULES
+    )
     with jax.set_mesh(mesh):
         to_form = partial(to_decode, arch=ARCH, dtype="float32")
         weights = jax.jit(to_form, out_shardings=shardings)(toy_params())

@@ -24,11 +24,11 @@ from grpo.model.decoder import (
     empty_cache,
     head,
     hidden_states,
-    linear,
     prefill,
     rotary,
     to_decode,
 )
+from grpo.model.linear import linear
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params, init_params, map_table, num_params, param_table
 from grpo.model.rope import frequencies

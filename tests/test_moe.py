@@ -12,14 +12,15 @@ import pytest
 from toy_model import ARCH, MAX_NEW, MAX_PROMPT, ToyTokenizer, mesh_of, policy_on, toy_params
 
 from grpo.batch import RowShape, Sample, pack, to_device
-from grpo.config import ModelConfig
+from grpo.config import Config, ModelConfig
 from grpo.engine.engine import Begun, Engine, Request
 from grpo.model import moe
 from grpo.model.arch import Arch, Experts, Latent
-from grpo.model.decoder import cache_table, empty_cache, to_decode
+from grpo.model.decoder import empty_cache, to_decode
 from grpo.model.families import arch_from_hf
 from grpo.model.logprobs import completion_logprobs
-from grpo.model.params import active_params, decode_table, num_params
+from grpo.model.params import active_params, decode_table, num_params, param_table
+from grpo.policy import make_policy
 from grpo.rollout import expert_load
 from grpo.sharding import DECODE_RULES, param_shardings
 from grpo.source import new_arch
@@ -163,8 +164,8 @@ def test_the_cache_of_latent_attention_is_one_narrow_vector_a_token_and_layer():
     held = sum(a.nbytes for a in jax.tree.leaves(empty_cache(LATENT, 5, 7, "float32")))
     assert held == 5 * 7 * ((6 + 4) * 3 * 4 + 2 * 3 * 2)
     r1 = arch_from_hf({"model_type": "deepseek_v3", "vocab_size": 1, **R1})
-    token = [a for layer in cache_table(r1, 1, 1, "bfloat16") for a in layer if a.dtype != "int16"]
-    assert sum(int(np.prod(a.shape)) * 2 for a in token if a.dtype == "bfloat16") == 576 * 61 * 2
+    token = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(r1, 1, 1, "bfloat16")))
+    assert sum(a.size * 2 for a in token if a.dtype == jnp.bfloat16) == 576 * 61 * 2
 
 
 R1: dict[str, Any] = {
@@ -234,6 +235,19 @@ def test_the_load_is_that_of_the_busiest_expert_of_the_most_uneven_layer():
     by_layer = [np.stack([even, uneven], axis=1), np.stack([even, uneven], axis=1)]
     assert expert_load([completion(r) for r in by_layer]) == {"experts/busiest_share": 0.5}
     assert expert_load([completion(None)]) == {}
+
+
+def test_adapters_and_eight_bits_are_refused():
+    shape = json.dumps({"model_type": "deepseek_v3", **R1})
+    for section, name, value in [
+        ("lora", "rank", 8),
+        ("sample", "weights", "int8"),
+        ("sample", "cache", "int8"),
+    ]:
+        config = Config(model=ModelConfig(shape=shape))
+        setattr(getattr(config, section), name, value)
+        with pytest.raises(ValueError, match=f"{section}.{name} is {value!r}, but the model has"):
+            make_policy(config)
 
 
 # ---- the sampler's routes --------------------------------------------------------------------
@@ -341,7 +355,9 @@ def test_packing_puts_every_route_at_its_token(latent_samples):
 def test_samples_and_routes_do_not_depend_on_devices_slots_or_guesses(latent_samples):
     weights = to_decode(toy_params(LATENT), LATENT, "float32")
     mesh = mesh_of(fsdp=2, tensor=2, expert=2, axis_types="explicit")
-    placed = jax.device_put(weights, param_shardings(decode_table(LATENT), mesh, DECODE_RULES))
+    placed = jax.device_put(
+        weights, param_shardings(decode_table(param_table(LATENT), 3), mesh, DECODE_RULES)
+    )
     guessing = {"slots": 12, "tail_slots": 6, "draft_tokens": 2}
     for engine, given in [
         (engine_of(LATENT, mesh), placed),

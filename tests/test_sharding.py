@@ -21,7 +21,7 @@ from grpo.config import ModelConfig, OptimConfig
 from grpo.engine.engine import Engine, Request
 from grpo.engine.programs import Programs
 from grpo.model.arch import Arch
-from grpo.model.params import ParamSpec, decode_table, num_params
+from grpo.model.params import ParamSpec, decode_table, num_params, param_table
 from grpo.policy import Policy, lay_out
 from grpo.sharding import AXIS_TYPES, DECODE_RULES, make_mesh, param_shardings
 from grpo.update import (
@@ -290,7 +290,7 @@ def collective_bytes(text: str) -> list[int]:
 
 
 def decode_weights_like(arch: Arch, mesh: Mesh) -> Any:
-    table = decode_table(arch)
+    table = decode_table(param_table(arch), arch.num_layers)
     return jax.tree.map(
         lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, "float32", sharding=sharding),
         table,

@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from tiny_experiment import get_config
 
 from grpo import build, diagnose
-from grpo.checkpoint import params_sha256
+from grpo.checkpoint import Checkpoints, _shapes, params_sha256
 from grpo.config import Config
 from grpo.evaluate import evaluate
 from grpo.gates import GateError
@@ -299,6 +299,55 @@ def test_stopping_between_renewals_and_draws_changes_nothing(renewed, tmp_path, 
     jax.tree.map(np.testing.assert_array_equal, state, renewed[1])
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert timeless(tmp_path / name) == timeless(renewed[0] / name)
+
+
+# ---- Adapters and quantised rollouts -----------------------------------------------------------
+
+
+QLORA: dict[str, Any] = {
+    "lora__rank": 2,
+    "model__base_dtype": "int4",
+    "algo__kl_coef": 0.1,
+    "sample__cache": "int8",
+    "eval__every": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def qlora(tmp_path_factory):
+    """Adapters over four bits, a cold start, a reference, a quantised cache."""
+    workdir = tmp_path_factory.mktemp("qlora")
+    return workdir, run(tiny(**QLORA), workdir)
+
+
+def test_adapters_alone_are_trained_and_saved(qlora):
+    workdir, state = qlora
+    names = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state.params)}
+    assert len(names) == 2 * 7 and all(name[-5:] in ("['a']", "['b']") for name in names)
+    with Checkpoints(workdir / "checkpoints", 2) as saved:
+        shapes = _shapes(saved._manager.item_metadata(4).tree)
+    largest = max(int(np.prod(shape)) for shape in shapes.values())
+    assert largest == 2 * 32 * 2  # layers x mlp_width x rank; the embedding has 259 x 16
+    metrics = rows(workdir / "metrics.jsonl")
+    change = [row["lora/weight_change"] for row in metrics[:4]]
+    assert 0 < change[0] < change[3]
+    # The reference is the adapters after the cold start.
+    assert metrics[0]["policy/kl_ref_nats"] < 1e-8 < 1e-6 < metrics[1]["policy/kl_ref_nats"]
+
+
+def test_the_gap_of_a_quantised_cache_is_logged_and_corrected(qlora):
+    for row in rows(qlora[0] / "metrics.jsonl")[:4]:
+        assert 1e-4 < row["sampler/gap_nats_mean"] < 0.03
+        assert 0 <= row["sampler/corrected_share"] < 0.01  # of weights that meet the cap
+
+
+def test_adapters_stopped_half_way_end_as_if_they_were_not(qlora, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(6, patch)  # four of the cold start, two of the run
+        run(tiny(**QLORA), tmp_path)
+    state = run(tiny(**QLORA), tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, state, qlora[1])
+    assert timeless(tmp_path / "metrics.jsonl") == timeless(qlora[0] / "metrics.jsonl")
 
 
 # ---- What ends a run ---------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -87,7 +86,7 @@ def policy_on(mesh: Mesh, arch: Arch = ARCH, *, chunk: int = 4) -> Policy:
     """The toy model on a mesh, in float32."""
     shardings = param_shardings(param_table(arch), mesh)
 
-    def logprobs(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
+    def logprobs(params: Params, base: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
         settings: Any = {"temperature": 0.7, "dtype": "float32", "remat": "none", "chunk": chunk}
         return completion_logprobs(params, arch, batch, **settings)
 
@@ -95,9 +94,10 @@ def policy_on(mesh: Mesh, arch: Arch = ARCH, *, chunk: int = 4) -> Policy:
         arch=arch,
         tokenizer=ToyTokenizer(),
         mesh=mesh,
+        table=param_table(arch),
         shardings=shardings,
         initial_params=lambda: jax.device_put(toy_params(arch), shardings),
-        for_decoding=jax.jit(partial(to_decode, arch=arch, dtype="float32")),
+        to_decode=jax.jit(lambda params, base: to_decode(params, arch, "float32")),
         logprobs=logprobs,
     )
 

@@ -184,7 +184,7 @@ class Engine:
       slots: completions decoded side by side.
       slots_per_prompt: of them share a stored prompt; see `shared_slots`.
       tokens_per_dispatch: tokens sampled before the host looks again.
-      dtype: of the cache.
+      dtype: of the cache; "int8" quantises it.
       stop_strings: texts that end a completion; the token that completes one is its last.
       tail_slots: once nothing is queued and no more completions than this are left, they go on by
         themselves in a smaller state; 0: never.

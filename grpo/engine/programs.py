@@ -12,7 +12,15 @@ from jax.sharding import Mesh, NamedSharding
 
 from grpo.engine.sampling import Filters, sample_token
 from grpo.model.arch import Arch
-from grpo.model.decoder import Cached, cache_table, decode_step, empty_cache, prefill, routes
+from grpo.model.decoder import (
+    Cache,
+    Stored,
+    decode_step,
+    empty_cache,
+    prefill,
+    routes,
+    stored_like,
+)
 from grpo.model.params import Params
 from grpo.sharding import DECODE_RULES, fitted, propagated, replicated, shard, specs_of
 
@@ -23,10 +31,10 @@ class Slots(struct.PyTreeNode):
     The last token of a prompt is no part of its cache: it is the first each slot feeds itself.
     """
 
-    prompts: list[Cached]  # `cache_table` of P, Q: each prompt stored once for its G slots
+    prompts: list[Cache]  # [P, K, Q, H] a layer, each prompt stored once for its G slots
     prompt_len_P: jax.Array  # tokens in the prompt's cache
     prompt_PQ: jax.Array  # the tokens themselves, -1 behind the last
-    cache: list[Cached]  # `cache_table` of B, C: what each slot has fed itself
+    cache: list[Cache]  # [B, K, C, H] a layer: what each slot has fed itself
     token_B: jax.Array  # the last token, whose successor is sampled next
     written_B: jax.Array  # tokens sampled so far, which is where `token_B` goes in the cache
     history_BC: jax.Array  # what each slot has sampled, -1 behind the last
@@ -59,7 +67,7 @@ class Programs:
       num_tokens: sampled a dispatch, at most.
       stop_ids: tokens that end a completion.
       replayed: tokens a slot is fed at a time when it goes on with a completion already begun.
-      dtype: of the cache.
+      dtype: of the cache; "int8" quantises it.
     """
 
     def __init__(
@@ -88,7 +96,7 @@ class Programs:
         # Said outright: a layout left to the compiler differs between two programs that hand the
         # slots to one another, and each difference is one more program.
         like = jax.eval_shape(make)
-        layout, everywhere = _layout(like, mesh, arch), replicated(mesh)
+        layout, everywhere = _layout(like, mesh), replicated(mesh)
         self._layout, self.slots = layout, abstract(like, layout)
 
         def program(function: Callable[..., Any], out: Any, **settings: Any) -> Any:
@@ -158,19 +166,17 @@ def _empty(
     )
 
 
-def _layout(slots: Slots, mesh: Mesh, arch: Arch) -> Slots:
+def _layout(slots: Slots, mesh: Mesh) -> Slots:
     """Every array split by prompts or slots, caches also by key/value heads."""
 
     def split(array: Any, *axes: str | None) -> NamedSharding:
         return NamedSharding(mesh, fitted(axes, array.shape, mesh, DECODE_RULES))
 
-    def caches(rows: int) -> Any:
-        table = cache_table(arch, rows, 1, None)
-        return [tuple(split(a, *a.axes) for a in layer) for layer in table]
+    def heads(cache: list[Cache]) -> Any:
+        return jax.tree.map(lambda kv: split(kv, "batch", "kv_heads", None, None), cache)
 
     rest = jax.tree.map(lambda a: split(a, "batch"), slots.replace(prompts=[], cache=[]))
-    P, B = len(slots.prompt_len_P), len(slots.token_B)
-    return rest.replace(prompts=caches(P), cache=caches(B))
+    return rest.replace(prompts=heads(slots.prompts), cache=heads(slots.cache))
 
 
 def _admit(
@@ -188,16 +194,21 @@ def _admit(
     """
     width = tokens_RQ.shape[1]
 
-    def put(cache_PKQH: jax.Array, new_RKQH: jax.Array) -> jax.Array:
-        return cache_PKQH.at[prompt_R, :, :width].set(
-            new_RKQH.astype(cache_PKQH.dtype), mode="drop"
+    def put(cache_PKQH: Stored, new_RKQH: Any) -> Stored:
+        return jax.tree.map(
+            lambda a, new: a.at[prompt_R, :, :width].set(new, mode="drop"),
+            cache_PKQH,
+            stored_like(cache_PKQH, new_RKQH),
         )
 
     known_RQ = jnp.arange(slots.prompt_PQ.shape[1]) <= prompt_len_R[:, None]
     padded_RQ = jnp.pad(tokens_RQ, ((0, 0), (0, known_RQ.shape[1] - width)))
     return slots.replace(
         prompt_PQ=slots.prompt_PQ.at[prompt_R].set(jnp.where(known_RQ, padded_RQ, -1), mode="drop"),
-        prompts=jax.tree.map(put, slots.prompts, prefill(weights, arch, tokens_RQ)),
+        prompts=[
+            tuple(map(put, stored, new))
+            for stored, new in zip(slots.prompts, prefill(weights, arch, tokens_RQ), strict=True)
+        ],
         prompt_len_P=slots.prompt_len_P.at[prompt_R].set(prompt_len_R, mode="drop"),
     )
 
@@ -245,10 +256,10 @@ def _replay(
     fed_BC = jnp.concatenate([slots.token_B[:, None], jnp.maximum(begun_BC[:, :-1], 0)], axis=1)
     fed_BC = jnp.pad(fed_BC, ((0, 0), (0, -C % chunk)))
 
-    def more(carry: tuple[jax.Array, list[Cached]]) -> jax.Array:
+    def more(carry: tuple[jax.Array, list[Cache]]) -> jax.Array:
         return carry[0] < begun_B.max()
 
-    def body(carry: tuple[jax.Array, list[Cached]]) -> tuple[jax.Array, list[Cached]]:
+    def body(carry: tuple[jax.Array, list[Cache]]) -> tuple[jax.Array, list[Cache]]:
         fed, cache = carry
         fed_BT = jax.lax.dynamic_slice_in_dim(fed_BC, fed, chunk, axis=1)
         place_B = jnp.where(fed < begun_B, fed, C)  # C is nowhere

@@ -10,6 +10,8 @@ REMAT_CHOICES = (
     "attn",
     "products",
 )  # what the backward pass recomputes; see decoder.py
+BASE_DTYPES = ("float32", "bfloat16", "int8", "int4")  # what frozen weights are stored in
+ROLLOUT_CHOICES = ("compute", "int8")  # what the sampler's weights and its cache are in
 ATTENTION_CHOICES = ("auto", "xla", "cudnn", "splash")  # of the trainer; see attention.py
 
 ACTIVATIONS = ("silu", "gelu_tanh")

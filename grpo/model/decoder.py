@@ -9,7 +9,7 @@ experts that come before those with experts are a stack of their own, "dense_lay
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from grpo.model import mla, moe
 from grpo.model.arch import Arch, Latent
 from grpo.model.attention import (
+    KV,
     attention,
     capped,
     shared_prefix_attention,
@@ -27,7 +28,9 @@ from grpo.model.attention import (
     within,
 )
 from grpo.model.embedding import embed_tokens
+from grpo.model.linear import Adapted, Weight, in_dtype, project
 from grpo.model.params import Params, ParamSpec, param_table
+from grpo.model.quantise import Quantised, dequantise, quantise
 from grpo.model.rope import Yarn, frequencies
 from grpo.model.stack import scan_layers
 from grpo.sharding import DECODE_RULES, propagated, shard, spec
@@ -42,8 +45,9 @@ REMAT_POLICIES: dict[str, Any] = {
     "products": jax.checkpoint_policies.save_only_these_names(*_PRODUCTS),
 }
 
+Stored = jax.Array | Quantised  # [B, K, S, H], as a cache keeps keys or values
+Cache = tuple[Stored, ...]  # of one layer, see `empty_cache`
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-Cached = tuple[jax.Array, ...]  # what a layer keeps of tokens, as `cache_table` has it
 
 
 class Layer(NamedTuple):
@@ -96,39 +100,6 @@ def rotary(
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
-@jax.custom_vjp
-def linear(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
-    """x @ weight.
-
-    The gradient of the weight is written so that XLA on a CPU, which wants the left side of this
-    product turned around, turns the narrower of the two: left to itself it reads the wide one, with
-    all that made it, column by column (245 GFLOP/s instead of 311 for the forward and backward
-    pass of SmolLM2's MLP).
-    """
-    return jnp.einsum("btd,df->btf", x_BTD, weight_DF)
-
-
-def _linear_forward(
-    x_BTD: jax.Array, weight_DF: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return linear(x_BTD, weight_DF), (x_BTD, weight_DF)
-
-
-def _linear_backward(
-    kept: tuple[jax.Array, jax.Array], d_out_BTF: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x_BTD, weight_DF = kept
-    both = ((0, 1), (0, 1)), ((), ())
-    if x_BTD.shape[-1] > d_out_BTF.shape[-1]:
-        d_weight_DF = jax.lax.dot_general(d_out_BTF, x_BTD, both).T
-    else:
-        d_weight_DF = jax.lax.dot_general(x_BTD, d_out_BTF, both)
-    return jnp.einsum("btf,df->btd", d_out_BTF, weight_DF), d_weight_DF
-
-
-linear.defvjp(_linear_forward, _linear_backward)
-
-
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -153,15 +124,14 @@ def block(
     Returns what goes to the next layer, what `attend` kept, and the experts [B, T, k] that each
     token went to; None in a dense layer. `chosen_BTk` is as in `moe.mixture`.
     """
-    w = in_dtype(weights, x_BTD.dtype)
+    w = _cast(weights, x_BTD.dtype)
     B, T, _ = x_BTD.shape
 
     def norm(x_BTD: jax.Array, name: str) -> jax.Array:
         return rms_norm(x_BTD, w[name], arch.norm_eps, arch.norm_offset)
 
     def heads(h_BTD: jax.Array, name: str) -> jax.Array:
-        D, count, width = w[name].shape
-        product = linear(h_BTD, w[name].reshape(D, -1)).reshape(B, T, count, width)
+        product = project(h_BTD, w[name]).reshape(B, T, -1, arch.head_width)
         if arch.qkv_bias:
             product += w[f"{name}_bias"]
         return checkpoint_name(product, name)
@@ -177,14 +147,15 @@ def block(
         if latent.q_rank is None:
             q_BTNH = heads(h_BTD, "q")
         else:
-            q_BTNH = heads(norm(linear(h_BTD, w["q_a"]), "q_a_norm"), "q_b")
-        kv_BTR = checkpoint_name(linear(h_BTD, w["kv_a"]), "k")
+            q_BTNH = heads(norm(project(h_BTD, w["q_a"]), "q_a_norm"), "q_b")
+        kv_BTR = checkpoint_name(project(h_BTD, w["kv_a"]), "k")
         plain_BTNp, q_BTNr, key_BT1R = mla.queries_and_latent(
             q_BTNH, kv_BTR, latent, lambda c_BTc: norm(c_BTc, "kv_a_norm"), rotate
         )
         if "k_up" in w:
             return mla.absorbed(plain_BTNp, q_BTNr, w["k_up"]), key_BT1R, key_BT1R
-        made_BTNX = heads(key_BT1R[:, :, 0, : latent.kv_rank], "kv_b")
+        made_BTX = project(key_BT1R[:, :, 0, : latent.kv_rank], w["kv_b"])
+        made_BTNX = made_BTX.reshape(B, T, arch.num_heads, -1)
         return mla.expanded(plain_BTNp, q_BTNr, key_BT1R, made_BTNX, latent)
 
     def added(x_BTD: jax.Array, written_BTD: jax.Array, name: str) -> jax.Array:
@@ -201,24 +172,23 @@ def block(
     mixed_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
     if arch.latent:
         mixed_BTNH = mla.values(mixed_BTNH, w, arch.latent)
-    mixed_BTD = linear(mixed_BTNH.reshape(B, T, -1), w["o"].reshape(-1, arch.width))
+    mixed_BTD = project(mixed_BTNH.reshape(B, T, -1), w["o"])
     x_BTD = checkpoint_name(added(x_BTD, mixed_BTD, "post_attn_norm"), "residual")
     h_BTD = norm(x_BTD, "mlp_norm")
     activation, routed_BTk, written_BTD = _ACTIVATIONS[arch.activation], None, []
     if "gate" in w:  # of a dense layer, or shared by all tokens of one with experts
-        gate_BTF = checkpoint_name(linear(h_BTD, w["gate"]), "gate")
-        up_BTF = checkpoint_name(linear(h_BTD, w["up"]), "up")
-        written_BTD.append(linear(activation(gate_BTF) * up_BTF, w["down"]))
+        gate_BTF = checkpoint_name(project(h_BTD, w["gate"]), "gate")
+        up_BTF = checkpoint_name(project(h_BTD, w["up"]), "up")
+        written_BTD.append(project(activation(gate_BTF) * up_BTF, w["down"]))
     if arch.experts and "router" in w:
         out_BTD, routed_BTk = moe.mixture(w, h_BTD, arch.experts, activation, chosen_BTk)
         written_BTD.append(out_BTD)
     return added(x_BTD, sum(written_BTD[1:], written_BTD[0]), "post_mlp_norm"), kept, routed_BTk
 
 
-def in_dtype(weights: Params, dtype: Any) -> Params:
+def _cast(weights: Params, dtype: Any) -> Params:
     """A layer's weights, or a stack's, in `dtype`; routers stay what they are."""
-    cast = {name: a for name, a in weights.items() if name not in moe.FLOAT32}
-    return weights | jax.tree.map(lambda a: a.astype(dtype), cast)
+    return {n: w if n in moe.FLOAT32 else in_dtype(w, dtype) for n, w in weights.items()}
 
 
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, arch: Arch) -> jax.Array:
@@ -244,12 +214,16 @@ def _gathered(weights: Params, table: Params, dtype: str) -> Params:
     Cast first, so that half as many bytes travel.
     """
 
-    def gather(spec: ParamSpec, weight: jax.Array) -> jax.Array:
+    def gather(weight: Weight, spec: ParamSpec) -> Weight:
+        if isinstance(weight, Adapted):
+            return weight.replace(base=gather(weight.base, spec))
+        if isinstance(weight, Quantised):  # XLA gathers it
+            return weight
         whole = shard(weight, *spec.axes[1:], rules=DECODE_RULES)
         return checkpoint_name(whole, "weights")
 
-    weights = in_dtype(weights, dtype)
-    return jax.tree.map(gather, table, weights, is_leaf=lambda x: isinstance(x, ParamSpec))
+    cast = _cast(weights, dtype)
+    return {name: gather(weight, table[name]) for name, weight in cast.items()}
 
 
 def hidden_states(
@@ -357,78 +331,91 @@ def to_decode(params: Params, arch: Arch, dtype: str) -> Params:
     Run under `jit` with the decode shardings; the one place where parameters change dtype or
     layout for the sampler.
     """
-    rest = {name: a.astype(dtype) for name, a in params.items() if not name.endswith("layers")}
-    layers = []
-    for stack in ("dense_layers", "layers"):
-        cast = in_dtype(params.get(stack, {}), dtype)
-        if arch.latent and cast:
-            plain = arch.latent.plain_width
-            both = cast.pop("kv_b")
+    rest = {name: a for name, a in params.items() if not name.endswith("layers")}
+    layers: list[Params] = []
+    for stack, count in ("dense_layers", arch.first_dense), ("layers", arch.num_layers):
+        cast = _cast(params.get(stack, {}), dtype)
+        if "kv_b" in cast and arch.latent:
+            plain, both = arch.latent.plain_width, cast.pop("kv_b")
             cast |= {"k_up": both[..., :plain], "v_up": both[..., plain:]}
-        for i in range(len(next(iter(cast.values()))) if cast else 0):
-            layers.append(jax.tree.map(lambda a, i=i: a[i], cast))
-    return rest | {"layers": layers}
+        layers += [jax.tree.map(lambda a, i=i: a[i], cast) for i in range(count - len(layers))]
+    return in_dtype(rest, dtype) | {"layers": layers}
 
 
-class CacheArray(NamedTuple):
-    """One array of a layer's cache."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    axes: tuple[str | None, ...]  # logical names, see `grpo.sharding.RULES`
+def _shard_kv(x_BKSH: jax.Array) -> jax.Array:
+    return shard(x_BKSH, "batch", "kv_heads", None, None, rules=DECODE_RULES)
 
 
-def cache_table(arch: Arch, rows: int, length: int, dtype: Any) -> list[tuple[CacheArray, ...]]:
-    """What is cached of `length` tokens in each of `rows` sequences, for every layer.
+def empty_cache(arch: Arch, rows: int, length: int, dtype: str) -> list[Cache]:
+    """What each layer caches of `length` tokens of `rows` sequences, of nothing yet.
 
     Keys and values, [rows, K, length, H] each; of latent attention one array [rows, 1, length, R].
     Heads come before positions, as the matrix products of decoding want them: the other order
-    makes XLA on a CPU turn the whole cache around at every token. In layers with experts there is
-    one more: which of them each token went to, int16 [rows, 1, length, k], which nobody attends to
-    but the trainer has to know.
+    makes XLA on a CPU turn the whole cache around at every token. A `dtype` of "int8" keeps a
+    scale for each head of each token besides. In layers with experts there is one array more:
+    which of them each token went to, int16 [rows, 1, length, k], which nobody attends to but the
+    trainer has to know.
     """
-    heads = ("batch", "kv_heads", None, None)
-    alone = ("batch", None, None, None)
+    shape = (rows, arch.num_kv_heads, length, arch.head_width)
     if arch.latent:
-        wide = (rows, 1, length, arch.latent.cached_width)
-        dense: tuple[CacheArray, ...] = (CacheArray(wide, dtype, alone),)
-    else:
-        wide = (rows, arch.num_kv_heads, length, arch.head_width)
-        dense = (CacheArray(wide, dtype, heads), CacheArray(wide, dtype, heads))
-    if arch.experts is None:
-        return [dense] * arch.num_layers
-    chosen = CacheArray((rows, 1, length, arch.experts.per_token), jnp.int16, alone)
-    return [dense] * arch.first_dense + [(*dense, chosen)] * arch.routed_layers
+        shape = (rows, 1, length, arch.latent.cached_width)
+
+    def nothing() -> Stored:
+        if dtype != "int8":
+            return _shard_kv(jnp.zeros(shape, dtype))
+        return Quantised(
+            values=_shard_kv(jnp.zeros(shape, jnp.int8)),
+            scales=_shard_kv(jnp.zeros((*shape[:-1], 1), jnp.bfloat16)),
+        )
+
+    def layer(number: int) -> Cache:
+        made: Cache = (nothing(),) if arch.latent else (nothing(), nothing())
+        if arch.experts is None or number < arch.first_dense:
+            return made
+        chosen = jnp.zeros((rows, 1, length, arch.experts.per_token), jnp.int16)
+        return (*made, shard(chosen, "batch", None, None, None, rules=DECODE_RULES))
+
+    return [layer(number) for number in range(arch.num_layers)]
 
 
-def empty_cache(arch: Arch, rows: int, length: int, dtype: str) -> list[Cached]:
-    """The arrays of `cache_table`, of nothing yet."""
-    return [
-        tuple(shard(jnp.zeros(a.shape, a.dtype), *a.axes, rules=DECODE_RULES) for a in layer)
-        for layer in cache_table(arch, rows, length, dtype)
-    ]
+def in_int8(x_BKSH: jax.Array) -> Quantised:
+    """Keys or values in 8 bits, each head of each token with a scale."""
+    return quantise(x_BKSH, -1, x_BKSH.shape[-1])
 
 
-def routes(arch: Arch, cache: list[Cached], row_Rn: jax.Array, place_Rn: jax.Array) -> jax.Array:
+def stored_like(cache: Stored, new: jax.Array) -> Stored:
+    """`new` keys or values as the cache they go into stores them."""
+    return in_int8(new) if isinstance(cache, Quantised) else new.astype(cache.dtype)
+
+
+def _read(cache: Cache, arch: Arch, dtype: Any) -> KV:
+    """Keys and values; latents are both."""
+
+    def read(x: Stored) -> jax.Array:
+        return dequantise(x, dtype) if isinstance(x, Quantised) else x
+
+    return read(cache[0]), read(cache[0 if arch.latent else 1])
+
+
+def routes(arch: Arch, cache: list[Cache], row_Rn: jax.Array, place_Rn: jax.Array) -> jax.Array:
     """The experts [R, n, L, k] that the tokens at these places went to, where there are experts.
 
     Places beyond the cache give what is in its last.
     """
-    picked = [
-        layer[-1].at[row_Rn, 0, place_Rn].get(mode="clip") for layer in cache[arch.first_dense :]
-    ]
+    chosen: list[Any] = [layer[-1] for layer in cache[arch.first_dense :]]
+    picked = [layer_B1Sk.at[row_Rn, 0, place_Rn].get(mode="clip") for layer_B1Sk in chosen]
     return jnp.stack(picked, axis=2)
 
 
-def prefill(weights: Params, arch: Arch, tokens_RQ: jax.Array) -> list[Cached]:
-    """The cache of prompts, as `cache_table` has it; what stands behind a prompt's end is rubbish,
+def prefill(weights: Params, arch: Arch, tokens_RQ: jax.Array) -> list[Cache]:
+    """The cache of prompts, as `empty_cache` has it; what stands behind a prompt's end is rubbish,
     which `decode_step` does not look at."""
     positions_RQ = jnp.broadcast_to(jnp.arange(tokens_RQ.shape[1]), tokens_RQ.shape)
     causal_RQQ = positions_RQ[:, :, None] >= positions_RQ[:, None, :]
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None
-    ) -> tuple[jax.Array, Cached]:
+    ) -> tuple[jax.Array, Cache]:
         mask_RQQ = causal_RQQ
         if window is not None:
             mask_RQQ = causal_RQQ & within(window, positions_RQ, positions_RQ)
@@ -446,63 +433,52 @@ def prefill(weights: Params, arch: Arch, tokens_RQ: jax.Array) -> list[Cached]:
 def decode_step(
     weights: Params,
     arch: Arch,
-    prompts: list[Cached],
+    prompts: Sequence[Cache],
     prompt_len_P: jax.Array,
-    cache: list[Cached],
+    cache: Sequence[Cache],
     tokens_BT: jax.Array,
     written_B: jax.Array,
-) -> tuple[jax.Array, list[Cached]]:
-    """Logits [B, T, V] of what follows each token, and the cache with these tokens.
+) -> tuple[jax.Array, list[Cache]]:
+    """Logits [B, T, V] of what follows each token, and the cache with their keys and values.
 
     Args:
       weights: the decode form.
       arch: shape of the model.
-      prompts: `cache_table` of P prompts; see `shared_prefix_attention`.
+      prompts: `empty_cache` of P prompts; see `shared_prefix_attention`.
       prompt_len_P: tokens of each prompt.
       cache: that of B sequences, of what stands behind the prompts.
       tokens_BT: the next tokens of each sequence, usually one.
       written_B: tokens already in each row of the cache; these go behind them.
     """
     B, T = tokens_BT.shape
-    length = cache[0][0].shape[2]
+    length = jax.tree.leaves(cache[0])[0].shape[2]
     slot_BT = written_B[:, None] + jnp.arange(T)
     written_BTS = jnp.arange(length) <= slot_BT[..., None]
     prompt_len_B1 = jnp.repeat(prompt_len_P, B // len(prompt_len_P))[:, None]
     position_BT = prompt_len_B1 + slot_BT
     rows_B1 = jnp.arange(B)[:, None]
 
-    def put(cache_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+    def put(cache_BKSH: Stored, new_BTKH: jax.Array) -> Stored:
         # Indices around a slice put its axis last: [B, T, K, H], as the new ones are.
-        return cache_BKSH.at[rows_B1, :, slot_BT].set(
-            new_BTKH.astype(cache_BKSH.dtype), mode="drop", unique_indices=True
+        return jax.tree.map(
+            lambda a, new: a.at[rows_B1, :, slot_BT].set(new, mode="drop", unique_indices=True),
+            cache_BKSH,
+            stored_like(cache_BKSH, new_BTKH),
         )
 
     def attend(
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        *,
-        prompt: Cached,
-        own: Cached,
-        window: int | None,
-    ) -> tuple[jax.Array, Cached]:
-        new = (k,) if arch.latent else (k, v)
-        own = tuple(map(put, own, new))
+        q: jax.Array, k: jax.Array, v: jax.Array, *, prompt: Cache, own: Cache, window: int | None
+    ) -> tuple[jax.Array, Cache]:
+        own = tuple(map(put, own, (k,) if arch.latent else (k, v)))
+        prompt_kv, own_kv = _read(prompt, arch, q.dtype), _read(own, arch, q.dtype)
         visible_BTS, prompt_visible_BTQ = written_BTS, None
         if window is not None:
             own_BS = prompt_len_B1 + jnp.arange(length)
-            prompt_1Q = jnp.arange(prompt[0].shape[2])[None]
+            prompt_1Q = jnp.arange(prompt_kv[0].shape[2])[None]
             visible_BTS = written_BTS & within(window, position_BT, own_BS)
             prompt_visible_BTQ = within(window, position_BT, prompt_1Q)
-        last = len(new) - 1  # the only latents are keys and values
         mixed = shared_prefix_attention(
-            q,
-            (prompt[0], prompt[last]),
-            prompt_len_P,
-            (own[0], own[last]),
-            visible_BTS,
-            prompt_visible_BTQ,
-            arch.score_cap,
+            q, prompt_kv, prompt_len_P, own_kv, visible_BTS, prompt_visible_BTQ, arch.score_cap
         )
         return mixed, own
 

@@ -12,6 +12,10 @@ from grpo.model.arch import Arch
 
 Params = dict[str, Any]  # nested dict of arrays, as `param_table` names them
 
+# The matrices of a layer, and how many of their leading axes (the layer's own left out) are summed
+# over in a product; the rest are its outputs.
+MATRICES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
@@ -141,28 +145,40 @@ def map_table(fn: Callable[[ParamSpec], Any], table: Mapping[str, Any]) -> dict[
     return jax.tree.map(fn, dict(table), is_leaf=lambda x: isinstance(x, ParamSpec))
 
 
-def decode_table(arch: Arch) -> dict[str, Any]:
-    """The table of the decode form: the stacked arrays become a list of one dict a layer.
+def decode_table(table: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """The table of a decode form: the stacked arrays become a list of one dict a layer.
 
     `kv_b` of latent attention becomes two, which are used apart: `k_up` [rank, N, plain] and
     `v_up` [rank, N, value].
     """
-    table = param_table(arch)
 
-    def layer(stack: dict[str, ParamSpec]) -> dict[str, ParamSpec]:
+    def layer(stack: Mapping[str, Any]) -> dict[str, Any]:
         one = map_table(lambda s: dataclasses.replace(s, shape=s.shape[1:], axes=s.axes[1:]), stack)
-        if arch.latent:
+        if "kv_b" in one:
             both: ParamSpec = one.pop("kv_b")
-            rank, N, _ = both.shape
-            for name, width in ("k_up", arch.latent.plain_width), ("v_up", arch.latent.value_width):
+            rank, N, made = both.shape
+            turned = one["kv_a"].shape[-1] - rank
+            plain = one["q" if "q" in one else "q_b"].shape[-1] - turned
+            for name, width in ("k_up", plain), ("v_up", made - plain):
                 one[name] = dataclasses.replace(both, shape=(rank, N, width))
         return one
 
-    dense = [layer(table.pop("dense_layers"))] * arch.first_dense if arch.first_dense else []
-    return {
-        **table,
-        "layers": dense + [layer(table["layers"])] * (arch.num_layers - arch.first_dense),
-    }
+    rest = {name: spec for name, spec in table.items() if not name.endswith("layers")}
+    dense: list[Any] = []
+    if first := table.get("dense_layers"):
+        dense = [layer(first)] * first["attn_norm"].shape[0]
+    layers = dense + [layer(table["layers"])] * (num_layers - len(dense))
+    return {**rest, "layers": layers}
+
+
+def matrix_spec(spec: ParamSpec, inputs: int) -> ParamSpec:
+    """A stacked array [L, *in, *out], of so many input axes, as the matrices [L, D, F] it is."""
+    layers, rest = spec.shape[0], spec.shape[1:]
+    return ParamSpec(
+        (layers, math.prod(rest[:inputs]), math.prod(rest[inputs:])),
+        (spec.axes[0], spec.axes[1], spec.axes[1 + inputs]),
+        spec.fan_in,
+    )
 
 
 def init_params(arch: Arch, key: jax.Array) -> Params:

@@ -47,6 +47,33 @@ def scan_layers(layer: Callable[[Any, Any, Any], Any], x: Any, stacked: Any, set
     return _begun(x, stack, jax.lax.stop_gradient(stacked.sums))
 
 
+def summed_after(stacked: Any) -> Any:
+    """The weights of `Summed`, whose sums are added once all layers have their gradients.
+
+    For weights too small for that to cost memory; others are returned as they are.
+    """
+    if not isinstance(stacked, Summed):
+        return stacked
+    return _plus(stacked.weights, jax.lax.stop_gradient(stacked.sums))
+
+
+@jax.custom_vjp
+def _plus(weights: Any, sums: Any) -> Any:
+    """`weights` as they are; `sums` are added to their gradient."""
+    return weights
+
+
+def _plus_forward(weights: Any, sums: Any) -> tuple[Any, Any]:
+    return weights, sums
+
+
+def _plus_backward(sums: Any, d_out: Any) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, d_out, sums), None
+
+
+_plus.defvjp(_plus_forward, _plus_backward)
+
+
 @jax.custom_vjp
 def _routed(weights: Any, stack: Any, number: jax.Array) -> tuple[Any, Any]:
     """Both as they are; the gradient of `weights` is added to that of `stack`."""

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from grpo.model import families, families_gguf
 from grpo.model.arch import Arch
-from grpo.model.params import Params, ParamSpec, param_table
+from grpo.model.params import MATRICES, Params, ParamSpec, param_table
 
 Index = tuple[slice, ...]  # of step 1; one for every axis
 
@@ -51,8 +51,7 @@ Put = Callable[[str, ParamSpec, StoredArray], Any]
 # with its first `n` axes (the inputs) flattened, the rest (the outputs) flattened, transposed; a
 # bias has outputs only.
 # Arrays not listed are stored as we keep them.
-INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
-INPUT_AXES |= {"q_bias": 0, "k_bias": 0, "v_bias": 0}
+INPUT_AXES = {**MATRICES, "head": 1, "q_bias": 0, "k_bias": 0, "v_bias": 0}
 INPUT_AXES |= {"q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1}
 INPUT_AXES |= {"router": 1, "expert_gate": 1, "expert_up": 1, "expert_down": 1}
 

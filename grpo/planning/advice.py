@@ -59,6 +59,8 @@ def changes(parts: Parts, kind: str) -> Iterator[Change]:
                 yield Change((("sample.slots", slots),))
     if kind != "optimiser" and not config.optim.offload:
         yield Change((("optim.offload", True),))
+    if kind != "log-probs" and config.algo.kl_coef and not config.algo.ref_offload:
+        yield Change((("algo.ref_offload", True),))
     if sizes["data"] > 1:
         wider = sizes["data"] * sizes["fsdp"]
         yield Change((("mesh.data", 1), ("mesh.fsdp", wider)))

@@ -21,14 +21,13 @@ from grpo.data.tokenizer import ByteTokenizer
 from grpo.engine.engine import Engine
 from grpo.engine.programs import abstract
 from grpo.model.arch import Arch
-from grpo.model.params import decode_table
 from grpo.planning.chips import Topology
 from grpo.planning.hlo import collectives
 from grpo.policy import Policy, lay_out
 from grpo.schedule import Schedule, make_schedule
-from grpo.sharding import DECODE_RULES, batch_sharding, make_mesh, param_shardings
+from grpo.sharding import batch_sharding, make_mesh
 from grpo.structs import Program
-from grpo.update import abstract_state, make_logprobs
+from grpo.update import abstract_state, logprobs_program
 
 # What is on the devices while a program of a kind runs: what it takes or gives, and what lies
 # beside it. The reference is the state's own where it is renewed; it counts the same.
@@ -152,6 +151,8 @@ def make_parts(config: Config, arch: Arch, devices: Sequence[Any] | Mesh) -> Par
         mesh,
         config.model,
         temperature=config.sample.temperature,
+        lora=config.lora,
+        sampled=config.sample.weights,
     )
     shape = microbatch_shape(config, policy)
     schedule = make_schedule(config, shape)
@@ -159,26 +160,26 @@ def make_parts(config: Config, arch: Arch, devices: Sequence[Any] | Mesh) -> Par
     update, optimizer, _ = make_update(config, policy, schedule)
     state = abstract_state(policy, optimizer, **state_form(config))
     with jax.set_mesh(mesh):
-        like = jax.eval_shape(policy.for_decoding, state.params)
-        weights = abstract(like, param_shardings(decode_table(arch), mesh, DECODE_RULES))
+        whole = state.params, policy.base_like
+        weights = abstract(jax.eval_shape(policy.to_decode, *whole), policy.decode_shardings)
         rows = batch_sharding(mesh)
         batch = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows),
             pack([], shape).microbatches[0],
         )
-        programs = [Program("hand-over", policy.for_decoding, (state.params,))]
+        programs = [Program("hand-over", policy.to_decode, whole)]
         programs += engine.programs(weights)
         if config.algo.kl_coef or not schedule.on_policy:
-            programs.append(Program("log-probs", make_logprobs(policy), (state.params, batch)))
+            programs.append(Program("log-probs", logprobs_program(policy), (*whole, batch)))
         programs += update.programs(batch)
     params = device_bytes(state.params)
     caches = {
         program.kind: program.arguments[1] for program in programs if "decode" in program.kind
     }
     kept = {
-        "parameters": params,
+        "parameters": params + device_bytes(policy.base_like),  # trained, and frozen beneath
         "optimiser": device_bytes(state.opt_state),
-        "reference": params if config.algo.kl_coef else 0.0,
+        "reference": params if config.algo.kl_coef and not config.algo.ref_offload else 0.0,
         "gradients": params,
         "decode weights": device_bytes(weights),
         "KV cache": device_bytes(caches["decode"]),
@@ -283,7 +284,14 @@ def compile_one(program: Program, mesh: Mesh) -> Compiled:
 
 def _mesh(sizes: MeshConfig, devices: Sequence[Any]) -> Mesh:
     try:
-        return make_mesh(sizes.data, sizes.fsdp, sizes.tensor, expert=sizes.expert, chosen=devices)
+        return make_mesh(
+            sizes.data,
+            sizes.fsdp,
+            sizes.tensor,
+            sizes.axis_types,
+            expert=sizes.expert,
+            chosen=list(devices),
+        )
     except NotImplementedError as error:  # sides of a slice that do not multiply to the sizes
         raise ValueError(
             f"mesh data={sizes.data} x fsdp={sizes.fsdp} x tensor={sizes.tensor} cannot be laid on "

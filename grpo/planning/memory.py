@@ -1,7 +1,7 @@
 """What is on a device while each program runs, by category."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from grpo.planning import formulas
 from grpo.planning.lower import LIVE, Compiled, Parts, label
@@ -49,7 +49,7 @@ def footprint(parts: Parts, compiled: Compiled) -> Footprint:
     if not (parts.config.algo.kl_coef and parts.config.algo.ref_every):
         inside = tuple(name for name in inside if name != "reference")  # not in the state
         beside = (*beside, *(["reference"] if "reference" in LIVE[compiled.kind][0] else []))
-    kept = {name: parts.kept[name] for name in (*inside, *beside) if parts.kept[name]}
+    kept = _kept(parts, compiled.kind, (*inside, *beside))
     held = compiled.argument_bytes + compiled.output_bytes - compiled.alias_bytes
     if compiled.refused:
         held = max(held, sum(parts.kept[name] for name in inside))
@@ -66,7 +66,7 @@ def footprint(parts: Parts, compiled: Compiled) -> Footprint:
 def estimate(parts: Parts, program: Program) -> Footprint:
     """Without a compiler: temporaries by a rough formula."""
     inside, beside = LIVE[program.kind]
-    kept = {name: parts.kept[name] for name in (*inside, *beside) if parts.kept[name]}
+    kept = _kept(parts, program.kind, (*inside, *beside))
     arch, split, config = parts.policy.arch, split_of(parts), parts.config
     width, shape = width_of(parts), parts.row_shape
     temporaries = 0.0
@@ -79,6 +79,8 @@ def estimate(parts: Parts, program: Program) -> Footprint:
         temporaries = formulas.decode_workspace(arch, split, rows=rows, places=places)
     elif program.kind == "optimiser":
         temporaries = parts.kept["parameters"]  # the change
+        if config.optim.offload:
+            temporaries += 2 * parts.kept["parameters"]  # the moments, fetched
     elif program.kind == "prefill":
         rows, length = program.arguments[2].shape
         temporaries = formulas.decode_workspace(arch, split, rows=rows * length, places=length)
@@ -89,6 +91,14 @@ def estimate(parts: Parts, program: Program) -> Footprint:
         kept | {"activations": activations, "temporaries": temporaries},
         estimated=True,
     )
+
+
+def _kept(parts: Parts, kind: str, names: Sequence[str]) -> dict[str, float]:
+    """Of these categories, what there is on a device."""
+    kept = {name: parts.kept[name] for name in names}
+    if kind == "log-probs" and parts.config.algo.ref_offload:
+        kept["reference"] = parts.kept["parameters"]  # fetched for the while
+    return kept
 
 
 def _footprint(kind: str, label: str, found: Mapping[str, float], *, estimated: bool) -> Footprint:
