@@ -135,7 +135,7 @@ def _time_table(plan: Plan) -> list[str]:
             row += [f"{t.link_bytes / 1e9:.3g}", f"{sum(t.roofline_s.values()) * 1e3:.3g}"]
             row += [f"{t.predicted_s * 1e3:.3g}", f"{t.runs:.0f}"]
         else:
-            exchanged = sum(c.link_bytes.values()) / 1e9 if c else 0.0
+            exchanged = sum(c.link_bytes.values()) / 1e9 if c and c.link_bytes else 0.0
             row += ["-", "-", f"{exchanged:.3g}", "-", "-", "-"]
         rows.append(row)
     return _table([head, *rows])

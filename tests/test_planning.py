@@ -3,6 +3,7 @@
 What the TPU compiler says of the reference runs is in tests/test_reference_plans.py.
 """
 
+import dataclasses
 import json
 from functools import partial
 from types import SimpleNamespace
@@ -244,6 +245,27 @@ def test_layers_are_extrapolated_linearly():
     whole = _extrapolated(low, high, 28)
     assert whole.temp_bytes == 100 + 26 * 30 and whole.seconds == 1 + 26 * 0.5
     assert whole.link_bytes == {"all-reduce": 4 + 26 * 2}
+    untold = dataclasses.replace(high, link_bytes=None)
+    assert _extrapolated(low, untold, 28).link_bytes is None
+
+
+def test_a_program_that_cannot_be_printed_says_nothing_of_what_it_exchanges():
+    class Silent:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1")
+
+        def memory_analysis(self):
+            return jax.jit(jnp.sin).lower(1.0).compile().memory_analysis()
+
+    class Lowered:
+        def lower(self, *arguments):
+            return self
+
+        def compile(self):
+            return Silent()
+
+    done = compile_one(Program("update", Lowered(), ()), mesh_of())
+    assert done.link_bytes is None and done.output_bytes == 4
 
 
 # ---- plans -----------------------------------------------------------------------------------

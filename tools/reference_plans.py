@@ -70,17 +70,19 @@ def row(experiment: str, facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    lines = [HEAD, ["---"] * len(HEAD), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def tell(cells: Sequence[str]) -> None:
+    """One line of a Markdown table, at once: the next may take minutes."""
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def main(argv: Sequence[str]) -> None:
     flags = [argument for argument in argv if argument.startswith("--")]
     slices = [argument for argument in argv if argument not in flags]
     chosen = [r for r in REFERENCE if not slices or r[1] in slices]
-    print(table([row(name, plan(name, where, [*more, *flags])) for name, where, more in chosen]))
+    tell(HEAD)
+    tell(["---"] * len(HEAD))
+    for name, where, more in chosen:
+        tell(row(name, plan(name, where, [*more, *flags])))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from grpo.engine.engine import Engine
 from grpo.engine.programs import abstract
 from grpo.model.arch import Arch
 from grpo.planning.chips import Topology
-from grpo.planning.hlo import collectives
+from grpo.planning.hlo import Collectives, collectives
 from grpo.policy import Policy, lay_out
 from grpo.schedule import Schedule, make_schedule
 from grpo.sharding import batch_sharding, make_mesh
@@ -81,7 +81,8 @@ class Compiled:
       argument_bytes, output_bytes, alias_bytes: taken and given; aliased is both.
       temp_bytes: allotted beside.
       code_bytes: of the program itself.
-      link_bytes: collective -> bytes each device sends (`grpo.planning.hlo`).
+      link_bytes: collective -> bytes each device sends (`grpo.planning.hlo`); None where this jax
+        cannot print what its TPU compiler made.
       endless: the decode loop is counted once, as one token.
       refused: the compiler's message if it found the program too large by itself.
     """
@@ -94,7 +95,7 @@ class Compiled:
     alias_bytes: float = 0.0
     temp_bytes: float = 0.0
     code_bytes: float = 0.0
-    link_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
+    link_bytes: dict[str, float] | None = dataclasses.field(default_factory=dict)
     endless: int = 0
     refused: str = ""
 
@@ -269,7 +270,7 @@ def compile_one(program: Program, mesh: Mesh) -> Compiled:
             refused=str(error).splitlines()[0],
         )
     seconds = time.process_time() - started
-    memory, exchanged = compiled.memory_analysis(), collectives(compiled.as_text())
+    memory, exchanged = compiled.memory_analysis(), _exchanged(compiled)
     return told(
         seconds,
         argument_bytes=memory.argument_size_in_bytes,
@@ -277,9 +278,18 @@ def compile_one(program: Program, mesh: Mesh) -> Compiled:
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        link_bytes=exchanged.link_bytes,
-        endless=exchanged.endless,
+        link_bytes=exchanged.link_bytes if exchanged else None,
+        endless=exchanged.endless if exchanged else 0,
     )
+
+
+def _exchanged(compiled: Any) -> Collectives | None:
+    try:
+        return collectives(compiled.as_text())
+    except (
+        jax.errors.JaxRuntimeError
+    ):  # asynchronous operations of a newer kind (v6e, libtpu 0.0.52)
+        return None
 
 
 def _mesh(sizes: MeshConfig, devices: Sequence[Any]) -> Mesh:
@@ -310,6 +320,8 @@ def _extrapolated(low: Compiled, high: Compiled, layers: int) -> Compiled:
 
     names = [f.name for f in dataclasses.fields(Compiled) if f.type in (float, "float")]
     numbers: Any = {name: along(getattr(low, name), getattr(high, name)) for name in names}
+    if low.link_bytes is None or high.link_bytes is None:
+        return dataclasses.replace(high, **numbers, link_bytes=None)
     ops = {*low.link_bytes, *high.link_bytes}
     links = {op: along(low.link_bytes.get(op, 0), high.link_bytes.get(op, 0)) for op in ops}
     return dataclasses.replace(high, **numbers, link_bytes=links)

@@ -179,7 +179,9 @@ def as_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
             "fits": f.total <= plan.capacity,
             "compile_cpu_s": c and round(c.seconds, 1),
             "refused": c and c.refused,
-            "collectives_bytes": c and {op: round(size) for op, size in c.link_bytes.items()},
+            "collectives_bytes": c
+            and c.link_bytes
+            and {op: round(size) for op, size in c.link_bytes.items()},
             "flops": t and t.work.flops,
             "memory_traffic_bytes": t and t.work.hbm_bytes,
             "link_bytes": t and t.link_bytes,

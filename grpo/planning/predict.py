@@ -87,15 +87,12 @@ def timings(
     chip: Chip,
     assumed: Assumptions,
 ) -> list[Timing]:
-    """Of each program; collectives from the compiler where there is one, else by formula."""
+    """Of each program; collectives from the compiler where it tells of them, else by formula."""
     found = []
     for number, (program, label) in enumerate(zip(programs, labels, strict=True)):
         work = _work(parts, program, assumed)
-        links = (
-            sum(compiled[number].link_bytes.values())
-            if compiled is not None
-            else _link_bytes(parts, program)
-        )
+        told = compiled[number].link_bytes if compiled is not None else None
+        links = sum(told.values()) if told is not None else _link_bytes(parts, program)
         roofline = formulas.parts(work, chip, links)
         share = (
             assumed.decode_efficiency if "decode" in program.kind else assumed.compute_efficiency
