@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_experiment import get_config
 from toy_model import ToyTokenizer
 
@@ -27,6 +26,8 @@ from grpo.rollout import stream
 from grpo.structs import Completion, Scores
 from grpo.train import train
 from rewards.api import Problem
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 # ---- a step, without a model -------------------------------------------------------------------
 
@@ -169,23 +170,6 @@ def test_groups_come_back_from_their_arrays():
 
 
 # ---- whole runs --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Each run makes its own jitted functions; what they compile to is shared."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # it looks at the settings only once
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def tiny(**changes: Any) -> Config:

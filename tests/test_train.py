@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_experiment import get_config
 
 from grpo import build, diagnose
@@ -26,26 +25,9 @@ from grpo.metrics import MetricLog
 from grpo.train import train
 from grpo.update import Update
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Each run makes its own jitted functions; what they compile to is shared, over processes."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in names.items():
-            patch.setenv(name.upper(), str(value))  # for the runs in processes of their own
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # it looks at the settings only once
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def tiny(**changes: Any) -> Config:
