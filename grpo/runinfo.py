@@ -67,7 +67,7 @@ def dump_batch(workdir: Path, step: int, microbatches: Sequence[Batch]) -> None:
     folder = workdir / "gates" / f"step_{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "batch.npz"
-    names = vars(microbatches[0])
+    names = [name for name, value in vars(microbatches[0]).items() if value is not None]
     arrays: dict[str, Any] = {
         name: np.concatenate([np.asarray(getattr(batch, name)) for batch in microbatches])
         for name in names
