@@ -59,9 +59,13 @@ def make_mesh(
         rest = -int(np.prod(sizes))
         sizes[sizes.index(-1)] = max(devices // rest, 1)
     if int(np.prod(sizes)) != devices:
+        asked = dict(zip(MESH_AXES, (data, fsdp, tensor, expert), strict=True))
+        if expert == 1:  # as in most runs
+            del asked["expert"]
+        named = " x ".join(f"{name}={size}" for name, size in asked.items())
+        product = " x ".join(map(str, sizes[: len(asked)]))
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} x expert={expert} needs "
-            f"{' x '.join(map(str, sizes))} = {int(np.prod(sizes))} devices, there are {devices}"
+            f"mesh {named} needs {product} = {int(np.prod(sizes))} devices, there are {devices}"
         )
     types = (AXIS_TYPES[axis_types],) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=chosen)

@@ -63,12 +63,14 @@ def test_a_row_is_prompts_each_followed_by_its_completions():
 def test_dtypes_are_what_the_update_is_compiled_for():
     """They do not depend on what the samples hold."""
     wanted = dict.fromkeys(Batch.__dataclass_fields__, "int32")
+    del wanted["routes_RTLk"]  # which only mixtures of experts have
     wanted |= {"mask_RC": "bool", "carried_RC": "bool"}
     floats = ("advantage", "old_logprobs", "sampler_logprobs", "ref_logprobs")
     wanted |= {f"{name}_RC": "float32" for name in floats}
     for samples in (SAMPLES, []):
         for batch in pack(samples, SHAPE).microbatches:
             assert {name: getattr(batch, name).dtype.name for name in wanted} == wanted
+            assert batch.routes_RTLk is None
 
 
 def test_nothing_to_pack_is_one_microbatch_of_padding():

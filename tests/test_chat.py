@@ -20,6 +20,7 @@ from grpo.engine.engine import Request
 from grpo.group_view import Asking, asking, parse_reference, show_group, table
 from grpo.model.arch import Arch
 from grpo.model.params import init_params
+from grpo.sharding import make_mesh
 from grpo.source import Source
 from grpo.speaker import Conversation, Speaker, make_filters, make_speaker
 from grpo.structs import Completion, Scores
@@ -138,9 +139,7 @@ class RandomSource(Source):
 @pytest.fixture(scope="module")
 def speaker() -> Iterator[Speaker]:
     source = RandomSource(ARCH, ChatTokenizer(), None)
-    mesh = jax.sharding.Mesh(
-        np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor")
-    )
+    mesh = make_mesh(1, 1, 1, chosen=jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield make_speaker(source, mesh, group_size=3, max_prompt=1024, max_new=20, temperature=1.0)
 

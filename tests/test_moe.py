@@ -410,7 +410,7 @@ def test_the_update_is_the_same_on_one_device_and_on_eight(latent_samples):
             batch = pack(samples, row_shape(LATENT)).microbatches[0]
 
             def mean(params: Any, batch: Any, policy: Any = policy) -> jax.Array:
-                logprobs_RC = policy.logprobs(params, batch)[0]
+                logprobs_RC = policy.logprobs(params, {}, batch)[0]
                 return jnp.sum(logprobs_RC, where=batch.mask_RC) / 30
 
             found.append(jax.jit(jax.value_and_grad(mean))(params, to_device(batch, mesh)))

@@ -215,7 +215,7 @@ def test_sizes_that_do_not_fit_the_devices_are_errors():
     with pytest.raises(ValueError, match="only one size may be -1"):
         make_mesh(-1, -1, 1)
     mesh = make_mesh(2, -1, 2, "explicit")
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1}
     assert set(mesh.axis_types) == {AXIS_TYPES["explicit"]}
 
 

@@ -273,8 +273,8 @@ def test_files_that_are_missing_or_torn_are_named(tmp_path):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
         ({"rope_scaling": {"type": "linear"}}, "'factor' is missing"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}},
-            r"rope_scaling: field 'mscale' \(1.0\) is not known",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "trick": 1.0}},
+            r"rope_scaling: field 'trick' \(1.0\) is not known",
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),

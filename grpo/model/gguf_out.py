@@ -57,8 +57,8 @@ def write_gguf(
     """
     import gguf
 
-    tensors = stored_tensors(arch, families_gguf.GGUF_LLAMA_NAMES)
     family, fields = gguf_fields(arch)
+    tensors = stored_tensors(arch, families_gguf.GGUF_LLAMA_NAMES)
     writes = jax.process_index() == 0
     writer = gguf.GGUFWriter(path if writes else None, family)
     writer.add_name(name)
