@@ -283,13 +283,12 @@ class Update:
 
         The optimiser is compiled for a state that need not be there: it would consume it.
         """
-        totals = Totals(np.float32(1), np.float32(1))
-        sums_like = jax.eval_shape(self._nothing, params, self._base(), empty, totals)
-        self._apply = self._apply.lower(self._like, sums_like).compile()
-        jax.block_until_ready(self.sums(params, [empty], totals))
+        optimiser = self.programs(empty)[-1]
+        self._apply = optimiser.function.lower(*optimiser.arguments).compile()
+        jax.block_until_ready(self.sums(params, [empty], Totals(0, 0)))
 
     def programs(self, batch: Batch) -> list[Program]:
-        """What `compile` compiles, for an abstract microbatch."""
+        """What `compile` compiles, for a microbatch that may be abstract; the optimiser last."""
         count = jax.ShapeDtypeStruct((), jnp.float32)
         totals, params = Totals(count, count), self._like.params
         given = params, self._base_like, batch, totals
