@@ -86,7 +86,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Subset:
+class Subset:
     """The problems of `source` at `indices`."""
 
     source: ProblemSource
@@ -106,16 +106,7 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
       ValueError, TypeError: the configuration cannot work; nothing has been compiled yet.
       HostError: the processes of the run are not about to do the same.
     """
-    folder = open_workdir(workdir)
-    validate(config)
-    watchdog = stack.enter_context(Watchdog(config.hosts.watch_s))
-    runinfo.check_same(config, workdir)
-    track_reads(config)
-    _keep_programs()
-    policy = make_policy(config)
-    if config.lora.rank:
-        print(describe_adapters(policy, config.model.base_dtype), flush=True)
-    stack.enter_context(jax.set_mesh(policy.mesh))
+    folder, watchdog, policy = begin(config, workdir, stack)
     algo, sample = config.algo, config.sample
     max_prompt, shape = config.data.max_prompt_tokens, microbatch_shape(config, policy)
     schedule = make_schedule(config, shape)
@@ -123,7 +114,7 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
     hosts.say(schedule.describe(rate))
     assert config.data.train is not None  # validate() saw to it
     check = config.data.check_reference
-    problems = _usable(policy.tokenizer, config.data.train, max_prompt, check, "train")
+    problems = usable(policy.tokenizer, config.data.train, max_prompt, check, "train")
     extra = extra_groups(algo.problems_per_step, algo.oversample)
     asked = problems_asked(config)
     if len(problems) < asked:
@@ -182,6 +173,27 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
     return run
 
 
+def begin(
+    config: Config, workdir: str | Path, stack: ExitStack
+) -> tuple[Workdir, Watchdog, Policy]:
+    """Checks the configuration and lays the policy out: how every stage begins.
+
+    From here on reads of `config` are noted. The mesh and the watchdog are entered into `stack`;
+    errors are those of `build`.
+    """
+    folder = open_workdir(workdir)
+    validate(config)
+    watchdog = stack.enter_context(Watchdog(config.hosts.watch_s))
+    runinfo.check_same(config, workdir)
+    track_reads(config)
+    _keep_programs()
+    policy = make_policy(config)
+    if config.lora.rank:
+        print(describe_adapters(policy, config.model.base_dtype), flush=True)
+    stack.enter_context(jax.set_mesh(policy.mesh))
+    return folder, watchdog, policy
+
+
 # ---- what follows from a configuration and a policy, for the run and for its plan --------------
 
 
@@ -219,7 +231,19 @@ def state_form(config: Config) -> dict[str, Any]:
 
 def make_engine(config: Config, policy: Policy) -> Engine:
     """The engine of the run; nothing is compiled yet."""
-    sample, group_size = config.sample, config.algo.group_size
+    groups, algo = problems_asked(config), config.algo
+    goes_on = groups > algo.problems_per_step
+    return engine_for(config, policy, groups, algo.group_size, goes_on=goes_on)
+
+
+def engine_for(
+    config: Config, policy: Policy, groups: int, group_size: int, *, goes_on: bool = False
+) -> Engine:
+    """An engine for `groups` problems at a time, of which `group_size` completions are wanted.
+
+    With `goes_on` completions may be begun in one rollout and end in a later one.
+    """
+    sample = config.sample
     return Engine(
         policy.arch,
         policy.tokenizer,
@@ -232,14 +256,14 @@ def make_engine(config: Config, policy: Policy) -> Engine:
             sample.slots,
             batch_ways(policy.mesh),
             group_size,
-            problems_asked(config) * group_size,
+            groups * group_size,
         ),
         tokens_per_dispatch=sample.tokens_per_dispatch,
         dtype="int8" if sample.cache == "int8" else config.model.compute_dtype,
         stop_strings=sample.stop_strings,
         tail_slots=sample.tail_slots,
         draft_tokens=sample.draft_tokens,
-        goes_on=problems_asked(config) > config.algo.problems_per_step,
+        goes_on=goes_on,
     )
 
 
@@ -309,7 +333,7 @@ def _evaluator(config: Config, policy: Policy, engine: Engine, scorer: Scorer) -
     assert config.data.held_out is not None  # validate() saw to it
     first = Slice(source=config.data.held_out, start=0, stop=config.eval.num_problems)
     check = config.data.check_reference
-    source = _usable(policy.tokenizer, first, engine.max_prompt, check, "held-out")
+    source = usable(policy.tokenizer, first, engine.max_prompt, check, "held-out")
     evaluator = Evaluator(
         engine, scorer, source, config.eval, config.sample.temperature, config.seed
     )
@@ -321,13 +345,13 @@ def _evaluator(config: Config, policy: Policy, engine: Engine, scorer: Scorer) -
     return evaluator
 
 
-def _usable(
+def usable(
     tokenizer: Tokenizer,
     source: ProblemSource,
     max_prompt: int,
     check_reference: Callable[[Any], str | None] | None,
     name: str,
-) -> ProblemSource:
+) -> Subset:
     """The problems whose prompts fit and whose references can be read; tells what was dropped."""
     indices, dropped = usable_indices(
         tokenizer, source, max_prompt, lambda n, of: hosts.say(f"reading {name} problems {n}/{of}")
@@ -346,4 +370,4 @@ def _usable(
         if not indices:
             raise ValueError(f"none of the {name} problems is usable: {'; '.join(notes)}")
     hosts.say("; ".join([f"{name} problems: {len(indices)}", *notes]))
-    return _Subset(source, indices)
+    return Subset(source, indices)
