@@ -54,7 +54,7 @@ def test_sums_are_sums():
     for i in range(200):
         problem = WordedSums()[i]
         numbers = [int(n) for n in asked(problem)[1].split()]
-        assert 3 <= len(numbers) <= 4 and 1 <= min(numbers) and max(numbers) <= 6
+        assert 3 <= len(numbers) <= 4 and min(numbers) >= 1 and max(numbers) <= 6
         assert problem.reference == sum(numbers) and problem.gold == str(sum(numbers))
 
 

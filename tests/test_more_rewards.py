@@ -511,7 +511,7 @@ def test_facts_and_preparations_reach_the_members():
     either = by_task({"long": SoftOverlong(100, 20), "form": r1_format})
     (score,) = score_inline([(1.0, either)], "", asked(task="long"), {"length_tokens": 90})
     assert score.value == 0.5
-    assert set(parts(either)) == {either, SoftOverlong(100, 20), r1_format}
+    assert list(parts(either)) == [either, SoftOverlong(100, 20), r1_format]
     with RewardPool([(1.0, either)]) as pool:
         futures = [pool.submit(boxed("1"), asked(task="form"), {})]
         assert futures[0].result(WAIT_S)[0].value == 1.0

@@ -29,12 +29,10 @@ def said(rows: Any) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "pass_rate, bucket",
-    [(1e-9, 0), (1 / 16, 0), (4 / 16, 0), (5 / 16, 1), (8 / 16, 1), (12 / 16, 2), (13 / 16, 3)]
-    + [(1.0, 3)],
+    "sixteenths, bucket", [(1e-9, 0), (1, 0), (4, 0), (5, 1), (8, 1), (12, 2), (13, 3), (16, 3)]
 )
-def test_buckets_include_their_upper_ends(pass_rate, bucket):
-    assert bucket_of(pass_rate) == bucket
+def test_buckets_include_their_upper_ends(sixteenths, bucket):
+    assert bucket_of(sixteenths / 16) == bucket
 
 
 @pytest.mark.parametrize("pass_rate", [0.0, -0.5, 1.01])
@@ -44,9 +42,8 @@ def test_a_pass_rate_without_a_trace_is_refused(pass_rate):
 
 
 def test_buckets_have_names():
-    assert [bucket_name(b) for b in range(4)] == ["(0, 0.25]", "(0.25, 0.5]", "(0.5, 0.75]"] + [
-        "(0.75, 1]"
-    ]
+    names = ["(0, 0.25]", "(0.25, 0.5]", "(0.5, 0.75]", "(0.75, 1]"]
+    assert [bucket_name(b) for b in range(4)] == names
 
 
 def test_what_says_the_same_counts_once_for_each_question():
