@@ -39,9 +39,9 @@ def test_what_is_worked_is_right_in_form_in_its_language_and_short(task, judge):
         language, worked = problem.meta["language"], problem.meta["worked"]
         other = {"en": "zh", "zh": "en"}[language]
         assert judge(worked, problem) == r1_format(worked, problem) == 1
-        assert language_consistency(worked, problem) == LanguageShare(language)(worked, problem)
-        assert LanguageShare(language)(worked, problem) == 1
-        assert LanguageShare(other)(worked, problem) == 0
+        assert language_consistency(worked, problem) == 1
+        assert LanguageShare(language)(thought(problem), problem) == 1
+        assert LanguageShare(other)(thought(problem), problem) == 0
         assert len(problem.prompt.encode()) <= 15 and len(worked.encode()) <= 72
         seen.add((language, asked(problem)[0]))
     assert seen in (

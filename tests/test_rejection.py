@@ -8,22 +8,24 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from tiny_experiment import get_config
 
+from grpo.checkpoint import params_sha256
 from grpo.config import Config, validate
 from grpo.data.few_shot import FewShot
 from grpo.data.prompts import encode_prompt
 from grpo.data.sources import JsonlProblems, ParquetProblems
 from grpo.data.tokenizer import ByteTokenizer
 from grpo.gates import GateError
+from grpo.policy import Policy, make_policy
 from grpo.stages import rejection
 from grpo.stages.rejection import sample_traces, sift
 from grpo.stages.sft import worked_samples
 from grpo.stages.traces import check_rows, chosen, row_of, table_of, write_jsonl, write_parquet
 from grpo.structs import EOS, LENGTH, STOP, Completion, Rollout, Scores
-from grpo.train import train
 from rewards.api import Batched, Problem
 
 # ---- What passes -------------------------------------------------------------------------------
@@ -220,7 +222,44 @@ def test_batched_rewards_are_rewards_and_filters():
 
 # ---- The stage ---------------------------------------------------------------------------------
 
-SAID = ("1", "2", " 1", "2 ")  # what the model is taught to say, whatever it is asked
+# What the model says after "=", after a digit and after a space, whatever stands before: "1", " 2",
+# "1 2" and the like, mostly with an end.
+AFTER = {
+    "=": {"1": 0.35, "2": 0.35, " ": 0.3},
+    "12": {"<eos>": 0.7, " ": 0.3},
+    " ": {"1": 0.4, "2": 0.4, "<eos>": 0.2},
+}
+
+
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def chatty(policy: Policy) -> Policy:
+    """The policy with weights by which it speaks as AFTER says."""
+
+    def initial_params() -> Any:
+        like = jax.tree.map(np.asarray, policy.initial_params())
+        params = jax.tree.map(np.zeros_like, like)  # no layer adds anything to the embedding
+        params["final_norm"] = like["final_norm"]
+        params["embed"][:, -1] = 1.0
+        params["head"][:] = -5.0
+        eos = policy.tokenizer.eos_ids[0]
+        for k, (last, following) in enumerate(AFTER.items()):
+            ids = list(last.encode())
+            params["embed"][ids] = np.eye(params["embed"].shape[1])[k]
+            for text, probability in following.items():
+                token = eos if text == "<eos>" else ord(text)
+                params["head"][k, token] = np.log(probability) / 4  # the norm makes a 1 of 16 a 4
+        return jax.device_put(params, policy.shardings)
+
+    return dataclasses.replace(policy, initial_params=initial_params)
 
 
 def problems(count: int) -> list[Problem]:
@@ -230,7 +269,7 @@ def problems(count: int) -> list[Problem]:
             prompt=f"{i:02d}=",
             reference=1 + i % 2,
             gold=str(1 + i % 2),
-            meta={"worked": SAID[i % 4], "level": i},
+            meta={"level": i},
         )
         for i in range(count)
     ]
@@ -246,8 +285,8 @@ def small(**changes: Any) -> Config:
         return 0.9 - 0.5 * completion.endswith(" ")
 
     config = get_config()
-    config.num_steps = config.eval.every = 0
-    config.data.train, config.data.held_out = problems(16), None
+    config.model.shape = json.dumps(SHAPE)
+    config.data.train = problems(16)
     config.sample.max_new_tokens = 4
     config.reward = dataclasses.replace(
         config.reward, functions=((1.0, right),), gold_format="{gold}", gold_check=4
@@ -260,33 +299,38 @@ def small(**changes: Any) -> Config:
     return config
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, compiled_once) -> Path:
-    """The workdir of a model that says one of SAID, and ends."""
-    config, workdir = small(), tmp_path_factory.mktemp("model")
-    config.sft.num_steps, config.sft.rows_per_step = 40, 16
-    train(config, workdir, baseline=config)
-    return workdir
+@pytest.fixture(scope="module", autouse=True)
+def model(compiled_once):
+    """Every policy of the stage speaks as AFTER says."""
+    original = rejection.begin
+
+    def begin(config, workdir, stack):
+        folder, watchdog, policy = original(config, workdir, stack)
+        return folder, watchdog, chatty(policy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rejection, "begin", begin)
+        yield
 
 
-def sampled(config: Config, model: Path, workdir: Path) -> list[dict[str, Any]]:
+def sampled(config: Config, workdir: Path) -> list[dict[str, Any]]:
     """Runs the stage; the rows of traces.jsonl."""
-    config.model.source = str(model)
     path = sample_traces(config, workdir, baseline=config)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @dataclasses.dataclass(frozen=True)
 class Straight:
-    """A run of the stage that nothing disturbed: its folder, its rows, all that was sampled."""
+    """A run of the stage that nothing disturbed: its folder, rows and model, all it sampled."""
 
     workdir: Path
     rows: list[dict[str, Any]]
+    digest: str
     tokens: dict[tuple[str, int], tuple[int, ...]]
 
 
 @pytest.fixture(scope="module")
-def straight(model, tmp_path_factory) -> Straight:
+def straight(tmp_path_factory) -> Straight:
     workdir, tokens = tmp_path_factory.mktemp("straight"), {}
     original = rejection.sample_and_score
 
@@ -299,8 +343,9 @@ def straight(model, tmp_path_factory) -> Straight:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rejection, "sample_and_score", listening)
-        rows = sampled(small(), model, workdir)
-    return Straight(workdir, rows, tokens)
+        rows = sampled(small(), workdir)
+    policy = chatty(make_policy(small()))
+    return Straight(workdir, rows, params_sha256(policy.initial_params()), tokens)
 
 
 def test_traces_are_right_whole_filtered_different_and_few(straight):
@@ -340,7 +385,7 @@ def test_what_is_learnt_is_what_was_sampled(straight):
         assert problem.meta["level"] == plain[uid].meta["level"]
 
 
-def test_a_run_leaves_its_record(straight, model):
+def test_a_run_leaves_its_record(straight):
     summary = json.loads((straight.workdir / "summary.json").read_text())
     steps = summary["steps"]
     assert list(steps)[:5] == ["sampled", "judged", "right", "ended", "text"]
@@ -349,11 +394,9 @@ def test_a_run_leaves_its_record(straight, model):
     assert summary["rows"] == steps["balanced"] == len(straight.rows)
     assert summary["tokens"] == sum(map(len, straight.tokens.values()))
     result = json.loads((straight.workdir / "result.json").read_text())
-    trained = json.loads((model / "result.json").read_text())
-    assert result["params_sha256"] == trained["params_sha256"]
-    assert {row["provenance"]["params_sha256"] for row in straight.rows} == {
-        trained["params_sha256"]
-    }
+    digests = {row["provenance"]["params_sha256"] for row in straight.rows}
+    assert digests == {result["params_sha256"]} == {straight.digest}
+    assert result["rows"] == len(straight.rows)
     assert sorted(path.name for path in (straight.workdir / "parts").iterdir()) == [
         *(f"{c:05d}.jsonl" for c in range(3)),
         "made_with.json",
@@ -362,7 +405,7 @@ def test_a_run_leaves_its_record(straight, model):
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "crash"])
-def test_stopped_after_a_chunk_it_ends_the_same(how, straight, model, tmp_path, monkeypatch):
+def test_stopped_after_a_chunk_it_ends_the_same(how, straight, tmp_path, monkeypatch):
     original, chunks, stops = rejection.write_jsonl, list[str](), [how]
 
     def stopping(path, rows):
@@ -379,20 +422,20 @@ def test_stopped_after_a_chunk_it_ends_the_same(how, straight, model, tmp_path, 
 
     monkeypatch.setattr(rejection, "write_jsonl", stopping)
     with pytest.raises(SystemExit if how == "SIGTERM" else MemoryError):
-        sampled(small(), model, tmp_path)
+        sampled(small(), tmp_path)
     assert chunks == ["00000.jsonl"] and not (tmp_path / "traces.jsonl").exists()
     first = (tmp_path / "parts/00000.jsonl").read_bytes()
-    sampled(small(), model, tmp_path)
+    sampled(small(), tmp_path)
     assert chunks == ["00000.jsonl", "00001.jsonl", "00002.jsonl"]
     assert (tmp_path / "parts/00000.jsonl").read_bytes() == first
     for name in ("traces.jsonl", "result.json"):
         assert (tmp_path / name).read_bytes() == (straight.workdir / name).read_bytes()
 
 
-def test_choosing_otherwise_samples_nothing_anew(straight, model, monkeypatch):
+def test_choosing_otherwise_samples_nothing_anew(straight, monkeypatch):
     monkeypatch.setattr(rejection, "sample_and_score", None)
     monkeypatch.setattr(rejection, "params_sha256", None)  # the model is not even read
-    rows = sampled(small(keep=1, parquet=True), model, straight.workdir)
+    rows = sampled(small(keep=1, parquet=True), straight.workdir)
     assert [row["uid"] for row in rows] == [
         row["uid"]
         for n, row in enumerate(straight.rows)
@@ -400,21 +443,21 @@ def test_choosing_otherwise_samples_nothing_anew(straight, model, monkeypatch):
     ]
     stored = ParquetProblems(path=str(straight.workdir / "traces.parquet"))
     assert [problem.uid for problem in stored] == [row["uid"] for row in rows]
-    assert sampled(small(), model, straight.workdir) == straight.rows
+    assert sampled(small(), straight.workdir) == straight.rows
     with pytest.raises(ValueError, match=r"made otherwise: rejection.num_samples: 8 -> 9"):
-        sampled(small(num_samples=9), model, straight.workdir)
+        sampled(small(num_samples=9), straight.workdir)
 
 
-def test_more_problems_are_added_to_those_there(straight, model, tmp_path):
-    assert sampled(small(num_problems=6), model, tmp_path) == [
+def test_more_problems_are_added_to_those_there(straight, tmp_path):
+    assert sampled(small(num_problems=6), tmp_path) == [
         row for row in straight.rows if int(row["provenance"]["problem"][1:]) < 6
     ]
     first = (tmp_path / "parts/00000.jsonl").stat().st_mtime_ns
-    assert sampled(small(), model, tmp_path) == straight.rows
+    assert sampled(small(), tmp_path) == straight.rows
     assert (tmp_path / "parts/00000.jsonl").stat().st_mtime_ns == first
 
 
-def test_asked_by_example_the_plain_problem_is_written(model, tmp_path, monkeypatch):
+def test_asked_by_example_the_plain_problem_is_written(tmp_path, monkeypatch):
     asked = []
     original = rejection.sample_and_score
 
@@ -423,35 +466,35 @@ def test_asked_by_example_the_plain_problem_is_written(model, tmp_path, monkeypa
         return original(engine, scorer, weights, problems, *args, **kwargs)
 
     monkeypatch.setattr(rejection, "sample_and_score", listening)
-    rows = sampled(small(asked_as=FewShot((("7=", "1"),))), model, tmp_path)
+    rows = sampled(small(asked_as=FewShot((("7=", "1"),))), tmp_path)
     assert asked == [f"7=1\n{i:02d}=" for i in range(10)]
     assert {row["prompt"] for row in rows} <= {problem.prompt for problem in problems(10)}
     assert rows
 
 
-def test_a_problem_stays_the_same_problem(model, tmp_path):
+def test_a_problem_stays_the_same_problem(tmp_path):
     with pytest.raises(ValueError, match="made problem 'x' of 'p0'"):
-        sampled(small(asked_as=lambda p: dataclasses.replace(p, uid="x")), model, tmp_path)
+        sampled(small(asked_as=lambda p: dataclasses.replace(p, uid="x")), tmp_path)
 
 
-def test_if_nothing_passes_the_table_says_why(model, tmp_path, capsys):
+def test_if_nothing_passes_the_table_says_why(tmp_path, capsys):
     def never(completion, problem):
         return 0.0
 
     with pytest.raises(ValueError, match="no completion passed"):
-        sampled(small(num_problems=4, filters=((1.0, never),)), model, tmp_path)
+        sampled(small(num_problems=4, filters=((1.0, never),)), tmp_path)
     assert re.search(r"^  filter/never +0 +0\.0%$", capsys.readouterr().out, re.MULTILINE)
     assert not (tmp_path / "traces.jsonl").exists() and not (tmp_path / "result.json").exists()
 
 
-def test_filters_that_fail_stop_the_stage(model, tmp_path):
+def test_filters_that_fail_stop_the_stage(tmp_path):
     def broken(completion, problem):
         raise RuntimeError("a bug")
 
     config = small(num_problems=4, filters=((1.0, broken),))
     config.reward.gold_check = 0  # which would have found it first
     with pytest.raises(GateError, match="verifiers failed on 100%"):
-        sampled(config, model, tmp_path)
+        sampled(config, tmp_path)
     assert not list((tmp_path / "parts").glob("*.jsonl"))
 
 
@@ -463,9 +506,8 @@ def test_filters_that_fail_stop_the_stage(model, tmp_path):
         ("lora__rank", 4, "lora.rank is 4, but sampling trains nothing"),
     ],
 )
-def test_what_sampling_does_not_use_may_not_be_set(path, value, message, model, tmp_path):
+def test_what_sampling_does_not_use_may_not_be_set(path, value, message, tmp_path):
     config = small()
-    config.model.source = str(model)
     baseline = dataclasses.replace(config)
     section, field = path.split("__")
     changed = getattr(config, section)
