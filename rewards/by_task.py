@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 from rewards.api import (
     BadReference,
@@ -17,6 +17,10 @@ from rewards.api import (
 )
 
 
+@overload
+def by_task(rewards: Mapping[str, Reward]) -> "ByTask": ...
+@overload
+def by_task(rewards: Mapping[str, Reward | Batched]) -> "ByTask | Batched": ...
 def by_task(rewards: Mapping[str, Reward | Batched]) -> "ByTask | Batched":
     """The reward that `problem.meta["task"]` names: rules for reasoning, a judge for the rest.
 
@@ -30,7 +34,7 @@ def by_task(rewards: Mapping[str, Reward | Batched]) -> "ByTask | Batched":
     """
     batched = [reward for reward in rewards.values() if isinstance(reward, Batched)]
     if not batched:
-        return ByTask(rewards)
+        return ByTask({t: r for t, r in rewards.items() if not isinstance(r, Batched)})
     first = batched[0]
     if any(dataclasses.replace(other, function=first.function) != first for other in batched):
         raise ValueError(
@@ -110,7 +114,7 @@ class BatchByTask:
 
 
 def _chosen(rewards: Mapping[str, Any], problem: Problem) -> Any:
-    task = problem.meta.get("task")
+    task: Any = problem.meta.get("task")
     if task not in rewards:
         raise BadReference(
             f"there is no reward for meta['task'] = {task!r}; there are rewards for "

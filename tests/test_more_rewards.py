@@ -536,9 +536,12 @@ def test_a_member_may_be_a_judge(model):
 
 
 def test_what_cannot_be_one_reward_is_refused():
+    def judge(completions: list[str], problems: list[Problem]) -> list[float]:
+        return [1.0 for _ in completions]
+
     with pytest.raises(ValueError, match="at least one task"):
         by_task({})
     with pytest.raises(ValueError, match="plain rewards only"):
-        ByTask({"poem": Batched(numeric_answer)})  # type: ignore[dict-item]
+        ByTask({"poem": Batched(judge)})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="must agree in size"):
-        by_task({"a": Batched(numeric_answer, size=2), "b": Batched(numeric_answer, size=3)})
+        by_task({"a": Batched(judge, size=2), "b": Batched(judge, size=3)})

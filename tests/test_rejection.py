@@ -17,7 +17,7 @@ from grpo.checkpoint import params_sha256
 from grpo.config import Config, validate
 from grpo.data.few_shot import FewShot
 from grpo.data.prompts import encode_prompt
-from grpo.data.sources import JsonlProblems, ParquetProblems
+from grpo.data.sources import JsonlProblems, ParquetProblems, ProblemSource
 from grpo.data.tokenizer import ByteTokenizer
 from grpo.gates import GateError
 from grpo.policy import Policy, make_policy
@@ -31,8 +31,15 @@ from rewards.api import Batched, Problem
 # ---- What passes -------------------------------------------------------------------------------
 
 
+Judged = dict[str, list[tuple[str, str, float, float]]]
+
+
+def read(source: ProblemSource) -> list[Problem]:
+    return [source[i] for i in range(len(source))]
+
+
 def rollout_of(
-    judged: dict[str, list[tuple[str, str, float, float]]],
+    judged: Judged,
 ) -> tuple[list[Problem], Rollout, Scores, np.ndarray, list[str]]:
     """From problem -> (text, finish, verifier's score, style's score); a score below 0 is none."""
     problems = [Problem(uid, prompt=uid, reference=7, meta={"kind": "sum"}) for uid in judged]
@@ -62,7 +69,7 @@ def rollout_of(
 
 
 def test_each_step_drops_what_it_should():
-    judged = {
+    judged: Judged = {
         "a": [("7", EOS, 1, 0.9), ("8", EOS, 0, 1), ("7.", LENGTH, 1, 1), ("7\n", STOP, 1, 1)],
         "b": [("7!", EOS, 1, 0.8), ("7\ufffd", EOS, 1, 1), (" ", EOS, 1, 1), ("7?", EOS, -1, 1)],
         "c": [("x", EOS, -1, 1)] * 4,
@@ -110,7 +117,7 @@ def test_rows_are_written_as_they_are_read(tmp_path):
     ]
     rows = [row_of(p, f"{p.uid}#1", "new", {"problem": p.uid}) for p in problems]
     write_jsonl(tmp_path / "traces.jsonl", rows)
-    raw, told = JsonlProblems(path=str(tmp_path / "traces.jsonl"), answer_field="answer")
+    raw, told = read(JsonlProblems(path=str(tmp_path / "traces.jsonl"), answer_field="answer"))
     assert (raw.uid, raw.prompt, raw.reference, raw.gold) == ("raw#1", "3+4=", 7, "7")
     assert raw.meta == {"level": 2, "worked": "new", "provenance": {"problem": "raw"}}
     assert (told.uid, told.messages, told.reference) == ("chat#1", chat, {"numbers": [1]})
@@ -134,7 +141,7 @@ def test_columns_of_two_types_go_into_no_parquet(tmp_path):
     pytest.importorskip("pyarrow")
     rows = [{"uid": "a", "answer": 7}, {"uid": "b", "level": 1, "answer": 8}]
     write_parquet(tmp_path / "a.parquet", [{**row, "prompt": "?"} for row in rows])
-    [first, second] = ParquetProblems(path=str(tmp_path / "a.parquet"))
+    first, second = read(ParquetProblems(path=str(tmp_path / "a.parquet")))
     assert first.meta["level"] is None and (second.meta["level"], second.reference) == (1, 8)
     with pytest.raises(ValueError, match=r"rejection\.parquet to False"):
         write_parquet(tmp_path / "b.parquet", [*rows, {"uid": "c", "answer": "seven"}])
@@ -214,9 +221,12 @@ def test_impossible_settings_are_refused(changes, message):
 
 
 def test_batched_rewards_are_rewards_and_filters():
+    def all_right(completions: list[str], problems: list[Problem]) -> list[float]:
+        return [1.0 for _ in completions]
+
     config = get_config()
-    config.reward.functions = ((1.0, Batched(len)),)
-    config.rejection.filters = ((0.5, Batched(len)),)
+    config.reward.functions = ((1.0, Batched(all_right)),)
+    config.rejection.filters = ((0.5, Batched(all_right)),)
     validate(config)
 
 
@@ -373,9 +383,10 @@ def test_traces_are_right_whole_filtered_different_and_few(straight):
 
 
 def test_what_is_learnt_is_what_was_sampled(straight):
-    source = JsonlProblems(path=str(straight.workdir / "traces.jsonl"), answer_field="answer")
+    path = straight.workdir / "traces.jsonl"
+    source = read(JsonlProblems(path=str(path), answer_field="answer"))
     tokenizer = ByteTokenizer()
-    samples = worked_samples(tokenizer, list(source), max_prompt=8, max_new=4)
+    samples = worked_samples(tokenizer, source, max_prompt=8, max_new=4)
     plain = {problem.uid: problem for problem in problems(10)}
     for problem, sample in zip(source, samples, strict=True):
         uid, number = problem.uid.split("#")
@@ -441,7 +452,7 @@ def test_choosing_otherwise_samples_nothing_anew(straight, monkeypatch):
         for n, row in enumerate(straight.rows)
         if n == 0 or row["prompt"] != straight.rows[n - 1]["prompt"]
     ]
-    stored = ParquetProblems(path=str(straight.workdir / "traces.parquet"))
+    stored = read(ParquetProblems(path=str(straight.workdir / "traces.parquet")))
     assert [problem.uid for problem in stored] == [row["uid"] for row in rows]
     assert sampled(small(), straight.workdir) == straight.rows
     with pytest.raises(ValueError, match=r"made otherwise: rejection.num_samples: 8 -> 9"):
@@ -458,7 +469,7 @@ def test_more_problems_are_added_to_those_there(straight, tmp_path):
 
 
 def test_asked_by_example_the_plain_problem_is_written(tmp_path, monkeypatch):
-    asked = []
+    asked: list[str] = []
     original = rejection.sample_and_score
 
     def listening(engine, scorer, weights, problems, *args, **kwargs):
