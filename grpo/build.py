@@ -99,6 +99,35 @@ class _Subset:
         return self.source[self.indices[i]]
 
 
+def start(
+    config: Config, workdir: str | Path, stack: ExitStack, *, scored: bool = True
+) -> tuple[Workdir, Watchdog, Policy]:
+    """What every stage begins with; the mesh and the watchdog are entered into `stack`.
+
+    From here on the configuration remembers which of its fields are read.
+
+    Args:
+      config: what is to run.
+      workdir: a folder or a gs:// address.
+      stack: is left when the stage ends.
+      scored: problems are asked and rewards judge what the model writes.
+
+    Raises:
+      ValueError, TypeError, HostError: as `build`.
+    """
+    folder = open_workdir(workdir)
+    validate(config, scored=scored)
+    watchdog = stack.enter_context(Watchdog(config.hosts.watch_s))
+    runinfo.check_same(config, workdir)
+    track_reads(config)
+    _keep_programs()
+    policy = make_policy(config)
+    if config.lora.rank:
+        hosts.say(describe_adapters(policy, config.model.base_dtype))
+    stack.enter_context(jax.set_mesh(policy.mesh))
+    return folder, watchdog, policy
+
+
 def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Config) -> Run:
     """All parts of a run; the mesh, the watchdog and the reward workers are entered into `stack`.
 
@@ -106,16 +135,7 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
       ValueError, TypeError: the configuration cannot work; nothing has been compiled yet.
       HostError: the processes of the run are not about to do the same.
     """
-    folder = open_workdir(workdir)
-    validate(config)
-    watchdog = stack.enter_context(Watchdog(config.hosts.watch_s))
-    runinfo.check_same(config, workdir)
-    track_reads(config)
-    _keep_programs()
-    policy = make_policy(config)
-    if config.lora.rank:
-        print(describe_adapters(policy, config.model.base_dtype), flush=True)
-    stack.enter_context(jax.set_mesh(policy.mesh))
+    folder, watchdog, policy = start(config, workdir, stack)
     algo, sample = config.algo, config.sample
     max_prompt, shape = config.data.max_prompt_tokens, microbatch_shape(config, policy)
     schedule = make_schedule(config, shape)

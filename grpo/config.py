@@ -506,8 +506,13 @@ _SHARES = """
 """.split()
 
 
-def validate(config: Config) -> None:
-    """Raises ValueError for numbers that cannot work, or cannot work together."""
+def validate(config: Config, *, scored: bool = True) -> None:
+    """Raises ValueError for numbers that cannot work, or cannot work together.
+
+    Args:
+      config: all of it.
+      scored: problems are to be asked and rewards to judge; supervised learning needs neither.
+    """
     check_types(config)
     value_of = {f"{path}.{f.name}"[len("config.") :]: v for path, f, v in fields(config)}
     for name in _POSITIVE + _NOT_NEGATIVE + _SHARES:
@@ -534,10 +539,11 @@ def validate(config: Config) -> None:
         "whole groups",
     )
     _validate_algorithm(config)
-    _need(bool(reward.functions), "reward.functions is empty: there is nothing to learn from")
+    if scored:
+        _need(bool(reward.functions), "reward.functions is empty: there is nothing to learn from")
+        _need(config.data.train is not None, "data.train is not set: there is nothing to ask")
     for weight, function in reward.functions:
         _need(math.isfinite(weight), f"the weight of {describe(function)} is {weight}")
-    _need(config.data.train is not None, "data.train is not set: there is nothing to ask")
     axis_types = ("explicit", "auto")
     _need(
         config.mesh.axis_types in axis_types,

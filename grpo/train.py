@@ -192,4 +192,4 @@ def starting_params(run: Run, stop: StopSignal) -> Params:
     A cold start that is over is not repeated; it left its own checkpoint.
     """
     params = run.policy.initial_params()
-    return run.sft.run(params, stop, run.watchdog) if run.sft is not None else params
+    return params if run.sft is None else run.sft.run(params, stop, run.watchdog).params
