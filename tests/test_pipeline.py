@@ -71,14 +71,14 @@ def test_stages_run_in_order_and_take_what_earlier_ones_made(tmp_path):
     assert made["data"].path == tmp_path / "data" / "traces.jsonl"
     RAN.clear()
     again = run_pipeline(chain(), tmp_path)
-    assert [] == RAN and again == made
+    assert RAN == [] and again == made
 
 
 def test_a_changed_stage_runs_again_and_so_does_what_depends_on_it(tmp_path):
     run_pipeline(chain(), tmp_path)
     RAN.clear()
     made = run_pipeline(chain(tuned=4), tmp_path)
-    assert ["tuned", "data", "child"] == RAN
+    assert RAN == ["tuned", "data", "child"]
     assert made["child"].sha256 == "learnt 4 1 "
     kept = sorted(path.name for path in (tmp_path / "replaced").iterdir())
     assert kept == ["child.1", "data.1", "tuned.1"]
@@ -93,7 +93,7 @@ def test_an_output_that_stays_the_same_spares_what_depends_on_it(tmp_path):
     stages = (dataclasses.replace(first.stages[0], config=changed), *first.stages[1:])
     RAN.clear()
     run_pipeline(Pipeline(stages), tmp_path)
-    assert ["base"] == RAN
+    assert RAN == ["base"]
 
 
 def test_what_was_tampered_with_is_made_again(tmp_path):
@@ -101,7 +101,7 @@ def test_what_was_tampered_with_is_made_again(tmp_path):
     (tmp_path / "data" / "traces.jsonl").write_text("")
     RAN.clear()
     run_pipeline(chain(), tmp_path)
-    assert ["data"] == RAN  # it makes the same bytes, so its child stays
+    assert RAN == ["data"]  # it makes the same bytes, so its child stays
 
 
 def test_a_stage_that_fails_leaves_earlier_ones_finished(tmp_path):
@@ -117,17 +117,17 @@ def test_a_stage_that_fails_leaves_earlier_ones_finished(tmp_path):
     assert "4. data: runs: was stopped half-way" in "\n".join(plan_lines(broken, tmp_path))
     with pytest.raises(ValueError, match="no disk"):
         run_pipeline(broken, tmp_path)
-    assert [] == RAN and (tmp_path / "data" / "half.txt").exists()  # it goes on in its folder
+    assert RAN == [] and (tmp_path / "data" / "half.txt").exists()  # it goes on in its folder
     run_pipeline(whole, tmp_path)
-    assert ["data", "child"] == RAN
+    assert RAN == ["data", "child"]
     assert (tmp_path / "replaced" / "data.1" / "half.txt").exists()
 
 
 def test_only_the_named_stages_run(tmp_path):
     run_pipeline(chain(), tmp_path, ["base", "tuned"])
-    assert ["base", "tuned"] == RAN
+    assert RAN == ["base", "tuned"]
     run_pipeline(chain(), tmp_path, ["data"])
-    assert ["base", "tuned", "data"] == RAN
+    assert RAN == ["base", "tuned", "data"]
     with pytest.raises(ValueError, match="no stage 'dta'; there are base, other"):
         run_pipeline(chain(), tmp_path, ["dta"])
 
@@ -146,7 +146,7 @@ def test_a_dry_run_says_what_and_why_and_runs_nothing(tmp_path):
     text = "\n".join(plan_lines(chain(tuned=5), tmp_path))
     assert "2. other: finished" in text and "took 0 s when it last ran" in text
     assert "3. tuned: runs: its configuration or code has changed" in text
-    assert [] == RAN
+    assert RAN == []
 
 
 def test_the_manifest_tells_the_lineage(tmp_path):
