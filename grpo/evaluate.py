@@ -19,6 +19,7 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -135,10 +136,10 @@ def _define_flags() -> Callable[[], BudgetSettings | None]:
     names = [field.name for field in dataclasses.fields(BudgetSettings)]
 
     def read() -> BudgetSettings | None:
-        given = {name: flags.FLAGS[name] for name in names}
-        texts = given.pop("budget").value
+        given: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+        texts = given.pop("budget")
         if texts is None:
-            idle = [name for name, flag in given.items() if flag.present]
+            idle = [name for name in given if flags.FLAGS[name].present]
             if idle:
                 raise ValueError(f"--{idle[0]} is set, but --budget is not, so nothing reads it")
             return None
@@ -148,7 +149,7 @@ def _define_flags() -> Callable[[], BudgetSettings | None]:
             raise ValueError(
                 f"--budget={','.join(texts)} must be whole numbers with commas, such as 8,16,32"
             ) from None
-        return BudgetSettings(budget=budget, **{n: flag.value for n, flag in given.items()})
+        return BudgetSettings(budget=budget, **given)
 
     return read
 
@@ -156,5 +157,9 @@ def _define_flags() -> Callable[[], BudgetSettings | None]:
 if __name__ == "__main__":
     from grpo.launch import main
 
-    read_settings = _define_flags()
-    main(lambda *args, **named: evaluate(*args, **named, settings=read_settings()))
+    settings_given = _define_flags()
+
+    def command(config: Config, workdir: str | Path, baseline: Config | None) -> None:
+        evaluate(config, workdir, baseline, settings_given())
+
+    main(command)

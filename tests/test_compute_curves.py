@@ -40,7 +40,7 @@ def rollout_of(*texts: str) -> Rollout:
 def test_k_samples_cost_k_completions():
     rollout = rollout_of("a", "aaa", "a", "aaa", "aa", "aa", "aa", "aa")  # 2 tokens on average
     solved_PG = np.array([[1, 0, 0, 1], [0, 0, 0, 1]], bool)
-    answers_PG = [["7", "3", "3", "7"], ["1", "1", None, "2"]]
+    answers_PG: list[list[str | None]] = [["7", "3", "3", "7"], ["1", "1", None, "2"]]
     curves = sampling_curves(rollout, solved_PG, answers_PG)
     assert list(curves) == ["majority", "best_of"]
     for points in curves.values():

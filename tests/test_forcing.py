@@ -225,7 +225,7 @@ def test_each_budget_and_method_by_hand():
     finishes = {setting: [d.finish for d in drafts] for setting, drafts in held.items()}
     assert finishes[FORCED, 4] == [EOS, EOS] and finishes[EXTENDED, 12] == [EOS, LENGTH]
     # What two methods have in common is asked once; answers are greedy, thoughts as sampled.
-    assert sorted(answering.asked) == [("Q:abcd|", 1, 0.0), ("Q:abcdefghijWk|", 1, 0.0)]
+    assert sorted(answering.asked) == [("Q:abcdefghijWk|", 1, 0.0), ("Q:abcd|", 1, 0.0)]
     assert sorted(thinking.asked) == [
         ("Q:abW", 0, 0.7),
         ("Q:abWcW", 0, 0.7),
@@ -342,20 +342,21 @@ def test_samples_of_one_thought_differ_and_come_again(toy):
 def test_a_real_models_thoughts_are_cut_and_answered(toy):
     evaluator = evaluator_of(toy, 1.0)
     rollout = sampled_by(toy, evaluator)
+    end = LETTERS.decode(rollout.completions[0].tokens[:3])[-1]  # so that one ends within 5
     settings = BudgetSettings(
         (2, 5),
-        end_of_thought="q",
-        force_answer="qa",
+        end_of_thought=end,
+        force_answer=end + "a",
         answer_tokens=3,
         extend_with="w",
         answer_temperature=1.0,
     )
     held = Forcer(settings, evaluator, toy.engine)(toy.weights, rollout)
     assert set(held) == {(m, b) for m in (FORCED, EXTENDED) for b in (2, 5)}
-    opening, cut = tuple(LETTERS.encode("qa")), 0
+    opening, cut = tuple(LETTERS.encode(end + "a")), 0
     for budget in (2, 5):
         for completion, forced in zip(rollout.completions, held[FORCED, budget], strict=True):
-            own = read_draft(LETTERS, completion.tokens, completion.finish, "q")
+            own = read_draft(LETTERS, completion.tokens, completion.finish, end)
             if not own.exceeds(budget):
                 assert forced == own
                 continue

@@ -117,7 +117,7 @@ def test_evaluating_alone_gives_what_the_run_measured_last(straight):
 def test_budgets_are_measured_before_and_after(straight):
     workdir, _ = straight
     settings = BudgetSettings(
-        (4, 16), end_of_thought="e", force_answer="!?", answer_tokens=4, extend_with="~"
+        (4, 16), end_of_thought="e", force_answer="!?", answer_tokens=4, extensions=0
     )
     evaluate(tiny(), workdir, baseline=tiny(), settings=settings)
     report = json.loads((workdir / "budget.json").read_text())
@@ -126,7 +126,7 @@ def test_budgets_are_measured_before_and_after(straight):
     metrics = rows(workdir / "metrics.jsonl")
     for name, logged in (("before", metrics[0]), ("after", metrics[-1])):
         curves = report["models"][name]
-        assert set(curves) == {"majority", "best_of", "forced", "extended"}
+        assert set(curves) == {"majority", "best_of", "forced"}
         # The model before is that behind the cold start, which the run measured at step 0.
         assert [point["setting"] for point in curves["best_of"]] == [1, 2, 4]
         for point, k in zip(curves["best_of"], (1, 2, 4), strict=True):
@@ -134,11 +134,9 @@ def test_budgets_are_measured_before_and_after(straight):
             assert point["tokens"] == pytest.approx(k * logged["eval/length_tokens_mean"])
         assert curves["majority"][-1]["accuracy"] == logged["eval/maj_at_4"]
         written = rows(workdir / "budget" / f"{name}.jsonl")
-        assert len(written) == 2 * 2 * 4 * 4
+        assert len(written) == 2 * 4 * 4
         cut = [row for row in written if row["budget"] == 4 and "!?" in row["completion"]]
         assert cut and all(row["length_tokens"] <= 4 + 2 + 4 for row in cut)
-        drawn = [row for row in written if row["method"] == "extended" and row["budget"] == 16]
-        assert any("~" in row["completion"] for row in drawn)
     assert report["models"]["before"] != report["models"]["after"]
 
 
