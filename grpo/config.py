@@ -61,8 +61,13 @@ class ModelConfig(Section):
     source: str = doc(
         "",
         "weights: a Hugging Face folder, a .gguf file, the workdir of a run (its newest "
-        "checkpoint), or a name `python -m grpo.fetch` knows; empty makes a new model over bytes, "
-        "of the sizes below",
+        "checkpoint), or a name `python -m grpo.fetch` knows; empty makes a new model of the sizes "
+        "below",
+    )
+    tokenizer: str = doc(
+        "bytes",
+        "new model: `bytes`, or the model whose tokenizer it takes: a folder, a .gguf file, or a "
+        "name as above",
     )
     shape: str = doc(
         "",

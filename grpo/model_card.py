@@ -33,7 +33,7 @@ def model_card(source: Source, *, dtype: str, params_sha256: str) -> str:
 
 
 def _introduction(source: Source) -> list[str]:
-    began = "random weights over bytes" if source.files is None else f"`{source.files.name}`"
+    began = "random weights" if source.files is None else f"`{source.files.name}`"
     if source.workdir is None:
         return [f"# {_title(source)}", "", f"Converted from {began}, not trained further."]
     config = _json(source.workdir / "config.json")

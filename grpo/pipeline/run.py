@@ -1,14 +1,16 @@
 """Running the stages of a pipeline, each once, and measuring what they make."""
 
+import contextlib
 import copy
 import dataclasses
 import datetime
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from grpo import hosts, runinfo
 from grpo.config import Config, describe
@@ -37,8 +39,11 @@ def run_pipeline(
     _check_names(pipeline, only)
     if "://" in str(workdir):
         raise ValueError(f"--workdir={workdir}: a pipeline needs a folder that all processes reach")
-    workdir = Path(workdir)
-    _keep_programs(workdir)
+    with _keeping_programs(Path(workdir)):
+        return _run_stages(pipeline, Path(workdir), only)
+
+
+def _run_stages(pipeline: Pipeline, workdir: Path, only: Sequence[str]) -> dict[str, Output]:
     manifest, made = Manifest(workdir / "manifest.json"), dict[str, Output]()
     for number, stage in enumerate(pipeline.stages, start=1):
         standing = _agreed(look(stage, workdir, manifest, made))
@@ -209,13 +214,23 @@ def _report(pipeline: Pipeline, workdir: Path, manifest: Manifest) -> None:
 # ---- Programs ----------------------------------------------------------------------------------
 
 
-def _keep_programs(workdir: Path) -> None:
-    """Stages of one shape compile once: compiled programs are kept, on a CPU beside the stages.
+@contextlib.contextmanager
+def _keeping_programs(workdir: Path) -> Iterator[None]:
+    """Stages of one shape compile once: what was compiled is kept, on a CPU beside the stages.
 
-    (Elsewhere `grpo.build.start` keeps them.)
+    (Elsewhere `grpo.build.start` keeps it.)
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() == "cpu":
-        jax.config.update("jax_compilation_cache_dir", str((workdir / "programs").absolute()))
+    name, before = "jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir
+    if before is not None or jax.default_backend() != "cpu":
+        yield
+        return
+    jax.config.update(name, str((workdir / "programs").absolute()))
+    compilation_cache.reset_cache()  # it looks at the setting only once
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+        compilation_cache.reset_cache()
 
 
 def _forget_programs() -> None:
