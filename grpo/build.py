@@ -237,30 +237,28 @@ def state_form(config: Config) -> dict[str, Any]:
     }
 
 
-def make_engine(config: Config, policy: Policy) -> Engine:
-    """The engine of the run; nothing is compiled yet."""
+def make_engine(config: Config, policy: Policy, **changes: Any) -> Engine:
+    """The engine of the run, with `changes` to its arguments; nothing is compiled yet."""
     sample, group_size = config.sample, config.algo.group_size
-    return Engine(
-        policy.arch,
-        policy.tokenizer,
-        policy.mesh,
-        max_prompt=config.data.max_prompt_tokens,
-        max_new=sample.max_new_tokens,
-        slots=sample.slots,
-        slots_per_prompt=sample.slots_per_prompt
+    arguments: dict[str, Any] = {
+        "max_prompt": config.data.max_prompt_tokens,
+        "max_new": sample.max_new_tokens,
+        "slots": sample.slots,
+        "slots_per_prompt": sample.slots_per_prompt
         or shared_slots(
             sample.slots,
             batch_ways(policy.mesh),
             group_size,
             problems_asked(config) * group_size,
         ),
-        tokens_per_dispatch=sample.tokens_per_dispatch,
-        dtype="int8" if sample.cache == "int8" else config.model.compute_dtype,
-        stop_strings=sample.stop_strings,
-        tail_slots=sample.tail_slots,
-        draft_tokens=sample.draft_tokens,
-        goes_on=problems_asked(config) > config.algo.problems_per_step,
-    )
+        "tokens_per_dispatch": sample.tokens_per_dispatch,
+        "dtype": "int8" if sample.cache == "int8" else config.model.compute_dtype,
+        "stop_strings": sample.stop_strings,
+        "tail_slots": sample.tail_slots,
+        "draft_tokens": sample.draft_tokens,
+        "goes_on": problems_asked(config) > config.algo.problems_per_step,
+    }
+    return Engine(policy.arch, policy.tokenizer, policy.mesh, **arguments | changes)
 
 
 def make_update(

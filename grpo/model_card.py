@@ -93,7 +93,13 @@ def _scores(workdir: Path, step: int) -> list[str]:
 
 
 def _is_score(name: str) -> bool:
-    kept = ("eval/pass_at_", "eval/maj_at_", "eval/problems", "eval/length_tokens_mean")
+    kept = (
+        "eval/pass_at_",
+        "eval/maj_at_",
+        "eval/full/",
+        "eval/problems",
+        "eval/length_tokens_mean",
+    )
     return name.startswith(kept) and not name.endswith(("_low", "_high"))
 
 
