@@ -86,7 +86,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Subset:
+class Subset:
     """The problems of `source` at `indices`."""
 
     source: ProblemSource
@@ -143,7 +143,7 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
     hosts.say(schedule.describe(rate))
     assert config.data.train is not None  # validate() saw to it
     check = config.data.check_reference
-    problems = _usable(policy.tokenizer, config.data.train, max_prompt, check, "train")
+    problems = usable(policy.tokenizer, config.data.train, max_prompt, check, "train")
     extra = extra_groups(algo.problems_per_step, algo.oversample)
     asked = problems_asked(config)
     if len(problems) < asked:
@@ -239,7 +239,19 @@ def state_form(config: Config) -> dict[str, Any]:
 
 def make_engine(config: Config, policy: Policy, **changes: Any) -> Engine:
     """The engine of the run, with `changes` to its arguments; nothing is compiled yet."""
-    sample, group_size = config.sample, config.algo.group_size
+    groups, algo = problems_asked(config), config.algo
+    goes_on = {"goes_on": groups > algo.problems_per_step}
+    return engine_for(config, policy, groups, algo.group_size, **goes_on | changes)
+
+
+def engine_for(
+    config: Config, policy: Policy, groups: int, group_size: int, **changes: Any
+) -> Engine:
+    """An engine for `groups` problems at a time, of which `group_size` completions are wanted.
+
+    With `goes_on` among the changes completions may be begun in one rollout and end in another.
+    """
+    sample = config.sample
     arguments: dict[str, Any] = {
         "max_prompt": config.data.max_prompt_tokens,
         "max_new": sample.max_new_tokens,
@@ -249,14 +261,13 @@ def make_engine(config: Config, policy: Policy, **changes: Any) -> Engine:
             sample.slots,
             batch_ways(policy.mesh),
             group_size,
-            problems_asked(config) * group_size,
+            groups * group_size,
         ),
         "tokens_per_dispatch": sample.tokens_per_dispatch,
         "dtype": "int8" if sample.cache == "int8" else config.model.compute_dtype,
         "stop_strings": sample.stop_strings,
         "tail_slots": sample.tail_slots,
         "draft_tokens": sample.draft_tokens,
-        "goes_on": problems_asked(config) > config.algo.problems_per_step,
     }
     return Engine(policy.arch, policy.tokenizer, policy.mesh, **arguments | changes)
 
@@ -327,7 +338,7 @@ def _evaluator(config: Config, policy: Policy, engine: Engine, scorer: Scorer) -
     assert config.data.held_out is not None  # validate() saw to it
     first = Slice(source=config.data.held_out, start=0, stop=config.eval.num_problems)
     check = config.data.check_reference
-    source = _usable(policy.tokenizer, first, engine.max_prompt, check, "held-out")
+    source = usable(policy.tokenizer, first, engine.max_prompt, check, "held-out")
     evaluator = Evaluator(
         engine, scorer, source, config.eval, config.sample.temperature, config.seed
     )
@@ -339,13 +350,13 @@ def _evaluator(config: Config, policy: Policy, engine: Engine, scorer: Scorer) -
     return evaluator
 
 
-def _usable(
+def usable(
     tokenizer: Tokenizer,
     source: ProblemSource,
     max_prompt: int,
     check_reference: Callable[[Any], str | None] | None,
     name: str,
-) -> ProblemSource:
+) -> Subset:
     """The problems whose prompts fit and whose references can be read; tells what was dropped."""
     indices, dropped = usable_indices(
         tokenizer, source, max_prompt, lambda n, of: hosts.say(f"reading {name} problems {n}/{of}")
@@ -364,4 +375,4 @@ def _usable(
         if not indices:
             raise ValueError(f"none of the {name} problems is usable: {'; '.join(notes)}")
     hosts.say("; ".join([f"{name} problems: {len(indices)}", *notes]))
-    return _Subset(source, indices)
+    return Subset(source, indices)

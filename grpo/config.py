@@ -21,7 +21,7 @@ from typing import Any
 from grpo import advantage, loss
 from grpo.data.sources import ProblemSource
 from grpo.model.arch import ATTENTION_CHOICES, BASE_DTYPES, REMAT_CHOICES, ROLLOUT_CHOICES
-from rewards.api import Reward
+from rewards.api import Batched, Problem, Reward
 
 
 def doc(default: Any, text: str) -> Any:
@@ -165,7 +165,7 @@ class SampleConfig(Section):
 class RewardConfig(Section):
     """How completions are scored."""
 
-    functions: tuple[tuple[float, Reward], ...] = doc(
+    functions: tuple[tuple[float, Reward | Batched], ...] = doc(
         (),
         "(weight, function) pairs, added up. The first is the verifier: its score of 1 is what "
         "`solved` and the evaluation count",
@@ -306,6 +306,35 @@ class SftConfig(Section):
 
 
 @dataclasses.dataclass
+class RejectionConfig(Section):
+    """Rejection sampling (grpo/stages/rejection.py): right completions become data."""
+
+    num_problems: int = doc(0, "problems of data.train that are asked, the first so many; 0: all")
+    num_samples: int = doc(16, "completions a problem")
+    chunk_problems: int = doc(64, "problems between two saves")
+    asked_as: Callable[[Problem], Problem] | None = doc(
+        None,
+        "how a problem is put to the model, while the plain one is written: "
+        "grpo.data.few_shot.FewShot, for a model that was never taught the form",
+    )
+    filters: tuple[tuple[float, Reward | Batched], ...] = doc(
+        (),
+        "(at_least, reward) pairs: a right completion that gets less from one of them is dropped",
+    )
+    keep: int = doc(4, "different completions kept of a question, at most")
+    bucket_share: float = doc(
+        1.0,
+        "largest share of the traces for problems of one difficulty, by quarters of the pass rate; "
+        "1: any",
+    )
+    general: ProblemSource | None = doc(
+        None, "other problems with meta['worked'], mixed in: general supervised data"
+    )
+    general_share: float = doc(0.0, "of the rows written are from `general`; below 1")
+    parquet: bool = doc(False, "write traces.parquet beside traces.jsonl")
+
+
+@dataclasses.dataclass
 class EvalConfig(Section):
     """Measuring on held-out problems."""
 
@@ -415,6 +444,7 @@ class Config(Section):
     algo: AlgoConfig = doc(AlgoConfig, "the algorithm")
     optim: OptimConfig = doc(OptimConfig, "the optimiser")
     sft: SftConfig = doc(SftConfig, "the cold start")
+    rejection: RejectionConfig = doc(RejectionConfig, "the rejection sampling")
     eval: EvalConfig = doc(EvalConfig, "the evaluation")
     gates: GatesConfig = doc(GatesConfig, "what stops a run")
     log: LogConfig = doc(LogConfig, "logs and checkpoints")
@@ -494,7 +524,8 @@ _POSITIVE = """
     model.num_heads model.num_kv_heads model.logprob_chunk lora.alpha optim.eps optim.clip_norm
     gates.max_bad_updates gates.max_gap_nats_mean gates.max_gap_nats_max gates.max_sampler_kl_nats
     gates.degenerate_steps gates.still_steps gates.max_param_change gates.max_kl_old_nats
-    sft.rows_per_step sft.microbatch_tokens eval.num_problems eval.num_samples eval.top_p
+    sft.rows_per_step sft.microbatch_tokens rejection.num_samples rejection.chunk_problems
+    rejection.keep rejection.bucket_share eval.num_problems eval.num_samples eval.top_p
     log.save_every log.keep_checkpoints
 """.split()
 _NOT_NEGATIVE = """
@@ -502,11 +533,13 @@ _NOT_NEGATIVE = """
     algo.clip_high algo.kl_coef algo.ref_every algo.entropy_coef algo.dynamic_rounds algo.curriculum
     algo.overlong_buffer_tokens algo.overlong_penalty optim.learning_rate optim.warmup_updates
     optim.weight_decay reward.gold_check sft.num_steps sft.learning_rate
-    sft.warmup_updates eval.every eval.top_k log.rollouts_every gates.min_adapter_change
+    sft.warmup_updates rejection.num_problems eval.every eval.top_k log.rollouts_every
+    gates.min_adapter_change
 """.split()
 _SHARES = """
     algo.clip_low algo.oversample optim.end_share optim.beta1 optim.beta2 gates.max_failure_rate
     gates.max_timeout_rate gates.max_repeated_share gates.max_zero_id_share gates.max_stuck_share
+    rejection.bucket_share rejection.general_share
     eval.top_p eval.min_p
 """.split()
 
@@ -578,6 +611,7 @@ def validate(config: Config, *, scored: bool = True) -> None:
     for name, known in dtypes.items():
         _need(value_of[name] in known, f"{name} is {value_of[name]!r}; choose from {known}")
     _validate_adapters(config)
+    _validate_rejection(config.rejection)
     _need("{gold}" in reward.gold_format, "reward.gold_format must contain {gold}")
     updates = config.num_steps * algo.minibatches * algo.passes
     _need(
@@ -601,6 +635,22 @@ def validate(config: Config, *, scored: bool = True) -> None:
             f"sft.warmup_updates is {sft.warmup_updates}, but the cold start makes only "
             f"sft.num_steps = {sft.num_steps} updates: it would never reach its learning rate",
         )
+
+
+def _validate_rejection(rejection: RejectionConfig) -> None:
+    for bound, function in rejection.filters:
+        _need(
+            0 < bound <= 1,
+            f"rejection.filters drops what gets less than {bound} from {describe(function)}; "
+            "rewards lie in [0, 1]",
+        )
+    share = rejection.general_share
+    _need(share < 1, "rejection.general_share is 1: there would be no traces")
+    _need(
+        bool(share) == (rejection.general is not None),
+        f"rejection.general_share is {share} and rejection.general is "
+        f"{'set' if rejection.general is not None else 'not set'}; set both or neither",
+    )
 
 
 def _validate_adapters(config: Config) -> None:

@@ -188,6 +188,13 @@ def _timeout_rate(scores: Scores) -> float:
     return float(late.any(axis=0).mean())
 
 
+def check_rewards(scorer: Scorer, source: ProblemSource, config: RewardConfig) -> None:
+    """`check_gold` as `config` asks for it, on all processes; errors are those of `check_gold`."""
+    if config.gold_check:
+        with hosts.together():
+            hosts.say(check_gold(scorer, source, config.gold_format, config.gold_check))
+
+
 def check_gold(scorer: Scorer, source: ProblemSource, gold_format: str, count: int) -> str:
     """Refuses to go on if the verifier rejects right answers or takes wrong ones.
 

@@ -23,7 +23,7 @@ from grpo.metrics import GRPO_COLUMNS, ConsoleTable, JsonlWriter, MetricLog
 from grpo.model.params import Params
 from grpo.report import report_run
 from grpo.rollout import readable_rows
-from grpo.scoring import check_gold
+from grpo.scoring import check_rewards
 from grpo.signals import StopSignal
 from grpo.structs import TrainState
 from grpo.watchdog import telling
@@ -60,11 +60,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         run.folder.pull()
         stack.callback(run.folder.push)
         runinfo.write(config, workdir)
-        if config.reward.gold_check:
-            reward = config.reward
-            with hosts.together():
-                found = check_gold(run.scorer, run.problems, reward.gold_format, reward.gold_check)
-                hosts.say(found)
+        check_rewards(run.scorer, run.problems, config.reward)
         phase("opening the checkpoints")
         checkpoints = stack.enter_context(
             Checkpoints(run.folder.saves / "checkpoints", config.log.keep_checkpoints)

@@ -285,8 +285,7 @@ class Update:
         needs, and the optimiser would consume a state.
         """
         self._nothing, self._add, self._apply = (
-            program.function.lower(*program.arguments).compile()
-            for program in self.programs(batch)
+            program.function.lower(*program.arguments).compile() for program in self.programs(batch)
         )
 
     def programs(self, batch: Batch) -> list[Program]:

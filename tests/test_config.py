@@ -51,6 +51,8 @@ SURFACE = """
     config.optim: learning_rate warmup_updates decay end_share beta1 beta2 eps weight_decay
       clip_norm offload
     config.sft: num_steps source rows_per_step microbatch_tokens learning_rate warmup_updates
+    config.rejection: num_problems num_samples chunk_problems asked_as filters keep bucket_share
+      general general_share parquet
     config.eval: every num_problems num_samples temperature top_k top_p min_p answer_of
     config.gates: max_bad_updates max_gap_nats_mean max_gap_nats_max max_sampler_kl_nats
       max_failure_rate max_timeout_rate max_repeated_share max_zero_id_share max_stuck_share

@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "grpo.structs",
         "grpo.data.tokenizer",
     ),
+    "grpo.stages.selection": (),
     "grpo.planning.chips": (),
     "grpo.planning.hlo": (),
     "grpo.planning.formulas": ("grpo.batch", "grpo.model.arch", "grpo.planning.chips"),
