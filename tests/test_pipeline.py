@@ -10,12 +10,19 @@ import pytest
 from grpo.config import Config, ModelConfig, SftConfig
 from grpo.data.procedural import DigitChain
 from grpo.data.sources import JsonlProblems
+from grpo.data.tokenizer import ByteTokenizer
+from grpo.model.params import active_params
 from grpo.pipeline import Pipeline, Stage
 from grpo.pipeline.__main__ import plan_lines
 from grpo.pipeline.chain import check_pipeline
+from grpo.pipeline.costs import expected_cost
 from grpo.pipeline.manifest import Manifest, own_code, stage_key
 from grpo.pipeline.run import run_pipeline
-from grpo.pipeline.scores import Row, draw_scores, headings, scores_console, scores_markdown
+from grpo.pipeline.scores import Row, draw_scores, headings, scores_console, scores_markdownfrom grpo.planning.chips import parse_topology
+from grpo.source import new_arch
+from grpo.stages.rejection import sample_traces
+from grpo.stages.supervise import supervise
+from grpo.train import train
 
 RAN: list[str] = []
 
@@ -262,3 +269,47 @@ def test_the_configuration_of_a_pipeline_is_left_as_it_was(tmp_path):
     before = copy.deepcopy(whole)
     run_pipeline(whole, tmp_path)
     assert whole.stages[2].config.model == before.stages[2].config.model == ModelConfig()
+
+
+# ---- Costs -------------------------------------------------------------------------------------
+
+
+def rl_config() -> Config:
+    config = Config(num_steps=10)
+    config.algo.problems_per_step, config.algo.group_size = 4, 8
+    config.sample.max_new_tokens, config.data.max_prompt_tokens = 100, 20
+    return config
+
+
+def test_what_stages_cost():
+    arch = new_arch(ModelConfig(), ByteTokenizer().vocab_size)
+    N = active_params(arch)
+    rl = expected_cost(train, rl_config(), arch)
+    assert (rl.completions, rl.sampled_tokens, rl.updates) == (320, 16_000, 10)
+    assert rl.learnt_tokens == 16_000 + 40 * 10
+    assert rl.flops == pytest.approx(8 * N * rl.learnt_tokens)
+    config = rl_config()
+    config.algo.kl_coef = 0.1  # one more pass forward, of the reference
+    assert expected_cost(train, config, arch).flops == pytest.approx(10 * N * rl.learnt_tokens)
+    config.sft.num_steps, config.sft.rows_per_step = 5, 2
+    sft = expected_cost(supervise, config, arch)
+    assert (sft.completions, sft.updates, sft.learnt_tokens) == (0, 5, 600)
+    assert sft.flops == pytest.approx(6 * N * 600)
+    config.rejection.num_problems, config.rejection.num_samples = 7, 3
+    config.data.train = DigitChain()
+    sampled = expected_cost(sample_traces, config, arch)
+    assert (sampled.completions, sampled.sampled_tokens) == (21, 1_050)
+    assert sampled.flops == pytest.approx(2 * N * (1_050 + 70))
+    assert str(expected_cost(model, config, arch)) == "no model work"
+    assert "320 completions, about 16k tokens sampled" in str(rl)
+
+
+def test_hours_follow_the_chips_speed():
+    arch = new_arch(ModelConfig(), ByteTokenizer().vocab_size)
+    config = Config()
+    config.sft.num_steps = 1_000
+    slow = expected_cost(supervise, config, arch, parse_topology("v5e:2x2"))
+    fast = expected_cost(supervise, config, arch, parse_topology("v5e:4x4"))
+    assert slow.hours is not None and fast.hours is not None
+    assert slow.hours == pytest.approx(4 * fast.hours)
+    assert fast.hours == pytest.approx(fast.flops / (16 * 1.97e14 * 0.4) / 3600)

@@ -9,7 +9,8 @@ from grpo.model.arch import Arch
 from grpo.model.params import active_params
 from grpo.planning.chips import Topology
 from grpo.planning.make import Options, make_plan
-from grpo.planning.predict import Assumptions
+from grpo.planning.predict import Assumptions, Step
+from grpo.stages.rejection import sample_traces
 from grpo.stages.supervise import supervise
 from grpo.train import train
 
@@ -72,6 +73,8 @@ def expected_cost(
         return _of_rollouts(config, arch, topology)
     if run is supervise:
         return _of_sft(config, arch, topology)
+    if run is sample_traces:
+        return _of_traces(config, arch, topology)
     return Cost()
 
 
@@ -94,6 +97,21 @@ def _of_rollouts(config: Config, arch: Arch, topology: Topology | None) -> Cost:
     )
 
 
+def _of_traces(config: Config, arch: Arch, topology: Topology | None) -> Cost:
+    rejection = config.rejection
+    assert config.data.train is not None  # validate() sees to it
+    problems = rejection.num_problems or len(config.data.train)
+    completions = problems * rejection.num_samples
+    sampled = completions * config.sample.max_new_tokens * _MEAN
+    prompts = problems * config.data.max_prompt_tokens * _MEAN
+    return Cost(
+        completions=completions,
+        sampled_tokens=sampled,
+        flops=2 * active_params(arch) * (sampled + prompts),
+        hours=None if topology is None else _rollout_hours(config, arch, topology, completions),
+    )
+
+
 def _of_sft(config: Config, arch: Arch, topology: Topology | None) -> Cost:
     sft = config.sft
     longest = config.sample.max_new_tokens + config.data.max_prompt_tokens
@@ -107,10 +125,26 @@ def _of_sft(config: Config, arch: Arch, topology: Topology | None) -> Cost:
     )
 
 
+def _planned(config: Config, arch: Arch, topology: Topology) -> Step | None:
+    """A step of the run, as `grpo.plan --nocompile` says."""
+    options = Options(compiles=False, suggest=False)
+    return make_plan(config, arch, topology, options, lambda _: None).step
+
+
 def _step_hours(config: Config, arch: Arch, topology: Topology) -> float | None:
-    """Hours of all steps, as `grpo.plan --nocompile` says."""
-    plan = make_plan(config, arch, topology, Options(compiles=False, suggest=False), lambda _: None)
-    return None if plan.step is None else plan.step.seconds * plan.step.steps / 3600
+    step = _planned(config, arch, topology)
+    return None if step is None else step.seconds * step.steps / 3600
+
+
+def _rollout_hours(
+    config: Config, arch: Arch, topology: Topology, completions: int
+) -> float | None:
+    """Hours of so many completions, sampled as a step of reinforcement learning would."""
+    step, algo = _planned(config, arch, topology), config.algo
+    if step is None:
+        return None
+    steps = completions / (algo.problems_per_step * algo.group_size)
+    return step.split_s["rollout"] * steps / 3600
 
 
 def _peak_hours(flops: float, topology: Topology) -> float | None:
