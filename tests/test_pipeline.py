@@ -18,7 +18,8 @@ from grpo.pipeline.chain import check_pipeline
 from grpo.pipeline.costs import expected_cost
 from grpo.pipeline.manifest import Manifest, own_code, stage_key
 from grpo.pipeline.run import run_pipeline
-from grpo.pipeline.scores import Row, draw_scores, headings, scores_console, scores_markdownfrom grpo.planning.chips import parse_topology
+from grpo.pipeline.scores import Row, draw_scores, headings, scores_console, scores_markdown
+from grpo.planning.chips import parse_topology
 from grpo.source import new_arch
 from grpo.stages.rejection import sample_traces
 from grpo.stages.supervise import supervise
