@@ -99,6 +99,35 @@ class Subset:
         return self.source[self.indices[i]]
 
 
+def start(
+    config: Config, workdir: str | Path, stack: ExitStack, *, scored: bool = True
+) -> tuple[Workdir, Watchdog, Policy]:
+    """What every stage begins with; the mesh and the watchdog are entered into `stack`.
+
+    From here on the configuration remembers which of its fields are read.
+
+    Args:
+      config: what is to run.
+      workdir: a folder or a gs:// address.
+      stack: is left when the stage ends.
+      scored: problems are asked and rewards judge what the model writes.
+
+    Raises:
+      ValueError, TypeError, HostError: as `build`.
+    """
+    folder = open_workdir(workdir)
+    validate(config, scored=scored)
+    watchdog = stack.enter_context(Watchdog(config.hosts.watch_s))
+    runinfo.check_same(config, workdir)
+    track_reads(config)
+    _keep_programs()
+    policy = make_policy(config)
+    if config.lora.rank:
+        hosts.say(describe_adapters(policy, config.model.base_dtype))
+    stack.enter_context(jax.set_mesh(policy.mesh))
+    return folder, watchdog, policy
+
+
 def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Config) -> Run:
     """All parts of a run; the mesh, the watchdog and the reward workers are entered into `stack`.
 
@@ -106,7 +135,7 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
       ValueError, TypeError: the configuration cannot work; nothing has been compiled yet.
       HostError: the processes of the run are not about to do the same.
     """
-    folder, watchdog, policy = begin(config, workdir, stack)
+    folder, watchdog, policy = start(config, workdir, stack)
     algo, sample = config.algo, config.sample
     max_prompt, shape = config.data.max_prompt_tokens, microbatch_shape(config, policy)
     schedule = make_schedule(config, shape)
@@ -173,27 +202,6 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
     return run
 
 
-def begin(
-    config: Config, workdir: str | Path, stack: ExitStack
-) -> tuple[Workdir, Watchdog, Policy]:
-    """Checks the configuration and lays the policy out: how every stage begins.
-
-    From here on reads of `config` are noted. The mesh and the watchdog are entered into `stack`;
-    errors are those of `build`.
-    """
-    folder = open_workdir(workdir)
-    validate(config)
-    watchdog = stack.enter_context(Watchdog(config.hosts.watch_s))
-    runinfo.check_same(config, workdir)
-    track_reads(config)
-    _keep_programs()
-    policy = make_policy(config)
-    if config.lora.rank:
-        print(describe_adapters(policy, config.model.base_dtype), flush=True)
-    stack.enter_context(jax.set_mesh(policy.mesh))
-    return folder, watchdog, policy
-
-
 # ---- what follows from a configuration and a policy, for the run and for its plan --------------
 
 
@@ -229,42 +237,39 @@ def state_form(config: Config) -> dict[str, Any]:
     }
 
 
-def make_engine(config: Config, policy: Policy) -> Engine:
-    """The engine of the run; nothing is compiled yet."""
+def make_engine(config: Config, policy: Policy, **changes: Any) -> Engine:
+    """The engine of the run, with `changes` to its arguments; nothing is compiled yet."""
     groups, algo = problems_asked(config), config.algo
-    goes_on = groups > algo.problems_per_step
-    return engine_for(config, policy, groups, algo.group_size, goes_on=goes_on)
+    goes_on = {"goes_on": groups > algo.problems_per_step}
+    return engine_for(config, policy, groups, algo.group_size, **goes_on | changes)
 
 
 def engine_for(
-    config: Config, policy: Policy, groups: int, group_size: int, *, goes_on: bool = False
+    config: Config, policy: Policy, groups: int, group_size: int, **changes: Any
 ) -> Engine:
     """An engine for `groups` problems at a time, of which `group_size` completions are wanted.
 
-    With `goes_on` completions may be begun in one rollout and end in a later one.
+    With `goes_on` among the changes completions may be begun in one rollout and end in another.
     """
     sample = config.sample
-    return Engine(
-        policy.arch,
-        policy.tokenizer,
-        policy.mesh,
-        max_prompt=config.data.max_prompt_tokens,
-        max_new=sample.max_new_tokens,
-        slots=sample.slots,
-        slots_per_prompt=sample.slots_per_prompt
+    arguments: dict[str, Any] = {
+        "max_prompt": config.data.max_prompt_tokens,
+        "max_new": sample.max_new_tokens,
+        "slots": sample.slots,
+        "slots_per_prompt": sample.slots_per_prompt
         or shared_slots(
             sample.slots,
             batch_ways(policy.mesh),
             group_size,
             groups * group_size,
         ),
-        tokens_per_dispatch=sample.tokens_per_dispatch,
-        dtype="int8" if sample.cache == "int8" else config.model.compute_dtype,
-        stop_strings=sample.stop_strings,
-        tail_slots=sample.tail_slots,
-        draft_tokens=sample.draft_tokens,
-        goes_on=goes_on,
-    )
+        "tokens_per_dispatch": sample.tokens_per_dispatch,
+        "dtype": "int8" if sample.cache == "int8" else config.model.compute_dtype,
+        "stop_strings": sample.stop_strings,
+        "tail_slots": sample.tail_slots,
+        "draft_tokens": sample.draft_tokens,
+    }
+    return Engine(policy.arch, policy.tokenizer, policy.mesh, **arguments | changes)
 
 
 def make_update(

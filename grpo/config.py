@@ -61,8 +61,13 @@ class ModelConfig(Section):
     source: str = doc(
         "",
         "weights: a Hugging Face folder, a .gguf file, the workdir of a run (its newest "
-        "checkpoint), or a name `python -m grpo.fetch` knows; empty makes a new model over bytes, "
-        "of the sizes below",
+        "checkpoint), or a name `python -m grpo.fetch` knows; empty makes a new model of the sizes "
+        "below",
+    )
+    tokenizer: str = doc(
+        "bytes",
+        "new model: `bytes`, or the model whose tokenizer it takes: a folder, a .gguf file, or a "
+        "name as above",
     )
     shape: str = doc(
         "",
@@ -539,8 +544,13 @@ _SHARES = """
 """.split()
 
 
-def validate(config: Config) -> None:
-    """Raises ValueError for numbers that cannot work, or cannot work together."""
+def validate(config: Config, *, scored: bool = True) -> None:
+    """Raises ValueError for numbers that cannot work, or cannot work together.
+
+    Args:
+      config: all of it.
+      scored: problems are to be asked and rewards to judge; supervised learning needs neither.
+    """
     check_types(config)
     value_of = {f"{path}.{f.name}"[len("config.") :]: v for path, f, v in fields(config)}
     for name in _POSITIVE + _NOT_NEGATIVE + _SHARES:
@@ -567,10 +577,11 @@ def validate(config: Config) -> None:
         "whole groups",
     )
     _validate_algorithm(config)
-    _need(bool(reward.functions), "reward.functions is empty: there is nothing to learn from")
+    if scored:
+        _need(bool(reward.functions), "reward.functions is empty: there is nothing to learn from")
+        _need(config.data.train is not None, "data.train is not set: there is nothing to ask")
     for weight, function in reward.functions:
         _need(math.isfinite(weight), f"the weight of {describe(function)} is {weight}")
-    _need(config.data.train is not None, "data.train is not set: there is nothing to ask")
     axis_types = ("explicit", "auto")
     _need(
         config.mesh.axis_types in axis_types,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo.config import Config, LoraConfig, ModelConfig
-from grpo.data.tokenizer import Tokenizer, load_tokenizer, with_thinking
+from grpo.data.tokenizer import Tokenizer, with_thinking
 from grpo.model.arch import Arch
 from grpo.model.attention import chosen_attention
 from grpo.model.decoder import to_decode
@@ -45,7 +45,7 @@ from grpo.sharding import (
     replicated,
     specs_of,
 )
-from grpo.source import at_path, new_arch, open_source
+from grpo.source import at_path, new_arch, new_tokenizer, open_source
 from grpo.structs import Batch
 
 Read = Callable[..., Params]
@@ -103,7 +103,7 @@ def make_policy(config: Config) -> Policy:
         if config.model.thinking != "default":
             tokenizer = with_thinking(tokenizer, config.model.thinking == "on")
     else:
-        tokenizer = load_tokenizer("bytes")
+        tokenizer = new_tokenizer(config.model)
         arch, read = new_arch(config.model, tokenizer.vocab_size), None
     if arch.experts or arch.latent:
         _plain_only(config)

@@ -119,7 +119,7 @@ def _software() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -130,7 +130,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _commit() -> str:
+def commit() -> str:
     """Commit of the checkout this package runs from, with "+" if it was changed since."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:

@@ -72,7 +72,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         ref_params = run.keep_reference(starting_params(run, stop)) if fixed else None
         phase("compiling")
         run.engine.compile(run.policy.for_decoding(state.params))
-        run.update.compile(state.params, run.empty_batch)
+        run.update.compile(run.empty_batch)
         return_free_pages()
         log = stack.enter_context(MetricLog(workdir, resume_step=first))
         texts = None
@@ -188,4 +188,4 @@ def starting_params(run: Run, stop: StopSignal) -> Params:
     A cold start that is over is not repeated; it left its own checkpoint.
     """
     params = run.policy.initial_params()
-    return run.sft.run(params, stop, run.watchdog) if run.sft is not None else params
+    return params if run.sft is None else run.sft.run(params, stop, run.watchdog).params

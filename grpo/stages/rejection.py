@@ -33,7 +33,7 @@ import jax
 import numpy as np
 
 from grpo import gates, hosts, runinfo
-from grpo.build import Subset, begin, engine_for, usable
+from grpo.build import Subset, engine_for, start, usable
 from grpo.checkpoint import params_sha256
 from grpo.config import Config, check_all_read, describe
 from grpo.data.sources import ProblemSource, Slice
@@ -158,7 +158,7 @@ def _build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Conf
             f"lora.rank is {config.lora.rank}, but sampling trains nothing; the workdir of a run "
             "with adapters is a model.source as it is"
         )
-    folder, watchdog, policy = begin(config, workdir, stack)
+    folder, watchdog, policy = start(config, workdir, stack)
     rejection, data, reward = config.rejection, config.data, config.reward
     assert data.train is not None  # validate() saw to it
     source: ProblemSource = data.train
