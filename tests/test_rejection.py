@@ -312,14 +312,14 @@ def small(**changes: Any) -> Config:
 @pytest.fixture(scope="module", autouse=True)
 def model(compiled_once):
     """Every policy of the stage speaks as AFTER says."""
-    original = rejection.begin
+    original = rejection.start
 
-    def begin(config, workdir, stack):
+    def started(config, workdir, stack):
         folder, watchdog, policy = original(config, workdir, stack)
         return folder, watchdog, chatty(policy)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rejection, "begin", begin)
+        patch.setattr(rejection, "start", started)
         yield
 
 
