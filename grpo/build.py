@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -47,19 +47,16 @@ from rewards.api import Problem
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """Everything a run is made of.
+class Learner:
+    """What every run is made of that learns from what it samples.
 
     Attributes:
       problems: those of data.train whose prompts fit.
       state_like: shapes and shardings of the state, to restore a checkpoint into.
       new_state: initial parameters -> state at step 0.
-      advantage: scores -> advantages [P, G].
       update: (state, microbatches, totals) -> (state, metrics).
-      keep_reference: puts a reference where it is kept while it is not asked.
       empty_batch: a microbatch of padding, on the mesh.
-      needs_every_row: completions of zero advantage still have a gradient (KL or entropy).
-      logprobs: (params, microbatch) -> log-probs [R, C], jitted.
+      needs_every_row: completions of zero advantage still have a gradient.
       watchdog: is told what the run does.
       folder: `workdir`, and where checkpoints go.
     """
@@ -72,17 +69,29 @@ class Run:
     engine: Engine
     scorer: Scorer
     evaluator: Evaluator | None
-    sft: SftStage | None
     state_like: TrainState
     new_state: Callable[[Params], TrainState]
-    advantage: Callable[[Scores], np.ndarray]
     update: Update
-    keep_reference: Callable[[Params], Params]
     empty_batch: Batch
     needs_every_row: bool
-    logprobs: Callable[[Params, Batch], jax.Array]
     watchdog: Watchdog
     folder: Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Learner):
+    """Everything a run of reinforcement learning is made of.
+
+    Attributes:
+      advantage: scores -> advantages [P, G].
+      keep_reference: puts a reference where it is kept while it is not asked.
+      logprobs: (params, microbatch) -> log-probs [R, C], jitted.
+    """
+
+    sft: SftStage | None
+    advantage: Callable[[Scores], np.ndarray]
+    keep_reference: Callable[[Params], Params]
+    logprobs: Callable[[Params, Batch], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,36 +146,18 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
     """
     folder, watchdog, policy = start(config, workdir, stack)
     algo, sample = config.algo, config.sample
-    max_prompt, shape = config.data.max_prompt_tokens, microbatch_shape(config, policy)
-    schedule = make_schedule(config, shape)
+    schedule = make_schedule(config, microbatch_shape(config, policy))
     update, optimizer, rate = make_update(config, policy, schedule)
     hosts.say(schedule.describe(rate))
-    assert config.data.train is not None  # validate() saw to it
-    check = config.data.check_reference
-    problems = usable(policy.tokenizer, config.data.train, max_prompt, check, "train")
+    parts = sampling(config, policy, watchdog, stack)
     extra = extra_groups(algo.problems_per_step, algo.oversample)
-    asked = problems_asked(config)
-    if len(problems) < asked:
-        beyond = f" and {extra} more (algo.oversample)" if extra else ""
-        raise ValueError(
-            f"algo.problems_per_step is {algo.problems_per_step}{beyond}, but data.train has only "
-            f"{len(problems)} usable problems"
-        )
-    considered = asked * max(algo.curriculum, 1)
-    if considered > len(problems):
-        raise ValueError(
-            f"algo.curriculum ({algo.curriculum}) x problems_per_step ({asked}) "
-            f"= {considered} problems to choose from, but data.train has only {len(problems)} "
-            "usable ones; lower one of the two"
-        )
     on_host = {
-        "pass_rates": unseen(len(problems)) if algo.curriculum > 1 else None,
+        "pass_rates": unseen(len(parts.problems)) if algo.curriculum > 1 else None,
         "carried": nothing(extra, algo.group_size, sample.max_new_tokens) if extra else None,
     }
-    engine = make_engine(config, policy)
-    scorer = stack.enter_context(Scorer(config.reward, watchdog.waits_for))
     sft = None
     if config.sft.num_steps:
+        assert config.data.train is not None  # validate() saw to it
         source = config.sft.source or config.data.train
         sft = SftStage(config, policy, source, folder)
     form = state_form(config)
@@ -181,25 +172,68 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
         workdir=folder.path,
         policy=policy,
         schedule=schedule,
-        problems=problems,
-        engine=engine,
-        scorer=scorer,
-        evaluator=_evaluator(config, policy, engine, scorer) if config.eval.every else None,
         sft=sft,
         state_like=state_like.replace(**on_host),
         new_state=new_state,
         advantage=bind(algo.advantage, algo),
         update=update,
         keep_reference=partial(jax.device_put, device=reference_shardings(policy, form["offload"])),
-        empty_batch=to_device(pack([], shape).microbatches[0], policy.mesh),
+        empty_batch=empty_batch(schedule, policy),
         needs_every_row=bool(algo.entropy_coef or (algo.kl_coef and not algo.kl_in_reward)),
         logprobs=make_logprobs(policy),
         watchdog=watchdog,
         folder=folder,
+        **parts._asdict(),
     )
+    read_by_every_loop(config)
     _read_what_the_loop_reads(config)
     check_all_read(config, baseline)
     return run
+
+
+class Sampling(NamedTuple):
+    """What samples and judges; see `Learner`."""
+
+    problems: ProblemSource
+    engine: Engine
+    scorer: Scorer
+    evaluator: Evaluator | None
+
+
+def sampling(config: Config, policy: Policy, watchdog: Watchdog, stack: ExitStack) -> Sampling:
+    """Problems, engine and rewards of a run; the reward workers are entered into `stack`.
+
+    Raises:
+      ValueError: there are too few problems, or none that can be used.
+    """
+    assert config.data.train is not None  # validate() saw to it
+    algo, check = config.algo, config.data.check_reference
+    max_prompt = config.data.max_prompt_tokens
+    problems = usable(policy.tokenizer, config.data.train, max_prompt, check, "train")
+    asked = problems_asked(config)
+    if len(problems) < asked:
+        extra = asked - algo.problems_per_step
+        beyond = f" and {extra} more (algo.oversample)" if extra else ""
+        raise ValueError(
+            f"algo.problems_per_step is {algo.problems_per_step}{beyond}, but data.train has only "
+            f"{len(problems)} usable problems"
+        )
+    considered = asked * max(algo.curriculum, 1)
+    if considered > len(problems):
+        raise ValueError(
+            f"algo.curriculum ({algo.curriculum}) x problems_per_step ({asked}) "
+            f"= {considered} problems to choose from, but data.train has only {len(problems)} "
+            "usable ones; lower one of the two"
+        )
+    engine = make_engine(config, policy)
+    scorer = stack.enter_context(Scorer(config.reward, watchdog.waits_for))
+    evaluator = _evaluator(config, policy, engine, scorer) if config.eval.every else None
+    return Sampling(problems, engine, scorer, evaluator)
+
+
+def empty_batch(schedule: Schedule, policy: Policy) -> Batch:
+    """A microbatch of padding, on the mesh."""
+    return to_device(pack([], schedule.row_shape).microbatches[0], policy.mesh)
 
 
 # ---- what follows from a configuration and a policy, for the run and for its plan --------------
@@ -318,10 +352,16 @@ def _objective(config: Config, on_policy: bool) -> Objective:
     )
 
 
-def _read_what_the_loop_reads(config: Config) -> None:
-    """Touches the fields that the loop itself looks at, always, while it runs."""
+def read_by_every_loop(config: Config) -> None:
+    """Touches the fields that any loop over rollouts looks at, always, while it runs."""
     _ = config.hosts.watch_s
     _ = config.log.save_every, config.log.keep_checkpoints, config.log.rollouts_every
+    if config.reward.gold_check:
+        _ = config.reward.gold_format
+
+
+def _read_what_the_loop_reads(config: Config) -> None:
+    """Touches the fields that the loop of reinforcement learning looks at besides."""
     algo = config.algo
     _ = algo.passes, algo.mask_truncated, algo.kl_in_reward, algo.dynamic_rounds, algo.curriculum
     if algo.kl_coef:
@@ -330,8 +370,6 @@ def _read_what_the_loop_reads(config: Config) -> None:
         _ = algo.overlong_penalty
     for field in dataclasses.fields(config.gates):
         getattr(config.gates, field.name)
-    if config.reward.gold_check:
-        _ = config.reward.gold_format
 
 
 def _evaluator(config: Config, policy: Policy, engine: Engine, scorer: Scorer) -> Evaluator:

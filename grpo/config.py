@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from grpo import advantage, loss
+from grpo import advantage, divergence, loss
 from grpo.data.sources import ProblemSource
 from grpo.model.arch import ATTENTION_CHOICES, BASE_DTYPES, REMAT_CHOICES, ROLLOUT_CHOICES
 from rewards.api import Batched, Problem, Reward
@@ -335,6 +335,23 @@ class RejectionConfig(Section):
 
 
 @dataclasses.dataclass
+class DistilConfig(Section):
+    """On-policy distillation (grpo/stages/distil.py): the policy learns from a teacher."""
+
+    teacher: str = doc(
+        "", "weights of the teacher, as in model.source; its tokenizer must be the policy's"
+    )
+    divergence: Callable[..., Any] = doc(
+        divergence.reverse_kl,
+        "from the teacher, a token, and made small: reverse_kl, forward_kl, jsd or "
+        "sampled_reverse_kl of grpo.divergence",
+    )
+    beta: float = doc(
+        0.5, "divergence.jsd: the teacher's share of the mixture; near 0 forward KL, near 1 reverse"
+    )
+
+
+@dataclasses.dataclass
 class EvalConfig(Section):
     """Measuring on held-out problems."""
 
@@ -445,6 +462,7 @@ class Config(Section):
     optim: OptimConfig = doc(OptimConfig, "the optimiser")
     sft: SftConfig = doc(SftConfig, "the cold start")
     rejection: RejectionConfig = doc(RejectionConfig, "the rejection sampling")
+    distil: DistilConfig = doc(DistilConfig, "the teacher")
     eval: EvalConfig = doc(EvalConfig, "the evaluation")
     gates: GatesConfig = doc(GatesConfig, "what stops a run")
     log: LogConfig = doc(LogConfig, "logs and checkpoints")
@@ -619,6 +637,12 @@ def validate(config: Config, *, scored: bool = True) -> None:
         f"optim.warmup_updates is {optim.warmup_updates}, but the run makes only num_steps "
         f"({config.num_steps}) x minibatches ({algo.minibatches}) x passes ({algo.passes}) = "
         f"{updates} updates: it would never reach its learning rate",
+    )
+    beta = config.distil.beta
+    _need(
+        0 < beta < 1,
+        f"distil.beta is {beta}; it must be strictly between 0 and 1 (at the ends the divergence "
+        "vanishes: divergence.forward_kl and reverse_kl are what it becomes there)",
     )
     if config.eval.every:
         _need(config.data.held_out is not None, "eval.every is set, but data.held_out is not")

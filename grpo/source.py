@@ -72,9 +72,11 @@ class Source:
         keep = keep or (lambda path, array: array)
         if self.workdir is not None:
             params = self._of_run(self.workdir / "checkpoints", shardings)
-            layers = {n: keep(f"layers/{n}", array) for n, array in params["layers"].items()}
-            rest = {n: keep(n, array) for n, array in params.items() if n != "layers"}
-            return {**rest, "layers": layers}
+
+            def kept(path: Any, array: jax.Array) -> Any:
+                return keep(jax.tree_util.keystr(path, simple=True, separator="/"), array)
+
+            return jax.tree_util.tree_map_with_path(kept, params)
         assert self.files is not None
 
         def put(path: str, spec: ParamSpec, array: StoredArray) -> Any:

@@ -4,7 +4,7 @@ P problems a step, G completions each, B = P * G rows; row b belongs to problem 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from grpo import diagnose, gates, hosts, runinfo
 from grpo.ask import ask
-from grpo.build import Run, build
+from grpo.build import Learner, Run, build
 from grpo.checkpoint import Checkpoints, params_sha256
 from grpo.config import Config
 from grpo.host_memory import resident_gib, return_free_pages
@@ -56,16 +56,9 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         stack.enter_context(telling(AGREED))
         stop = stack.enter_context(StopSignal())
         run = build(config, workdir, stack, baseline or Config())
-        config, workdir, phase = run.config, run.workdir, run.watchdog.phase
-        run.folder.pull()
-        stack.callback(run.folder.push)
-        runinfo.write(config, workdir)
-        check_rewards(run.scorer, run.problems, config.reward)
-        phase("opening the checkpoints")
-        checkpoints = stack.enter_context(
-            Checkpoints(run.folder.saves / "checkpoints", config.log.keep_checkpoints)
-        )
-        state = restore_or_start(run, checkpoints, stop)
+        workdir, phase = run.workdir, run.watchdog.phase
+        checkpoints = begin(run, stack)
+        state = restore_or_start(run, checkpoints, lambda: starting_params(run, stop))
         algo, first = config.algo, int(state.step)
         # A reference that is renewed is part of the state.
         fixed = algo.kl_coef and not algo.ref_every
@@ -121,32 +114,71 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
             table.row(step, metrics)
             with saving_first(checkpoints, state):
                 watch.stop()
-            phase(f"step {step}: saving")
-            stopping = stop.requested()
-            if (step + 1) % config.log.save_every == 0 or stopping:
-                run.folder.push()
-                checkpoints.save(state)
-            if stopping:
-                checkpoints.wait()
-                stop.leave(step + 1)
-
-        run.folder.push()
-        checkpoints.save(state)
-        final = evaluate_if_due(run, state, config.num_steps)
-        if final:
-            log.log(config.num_steps, final)
-        checkpoints.wait()
-    digest = params_sha256(state.params)
-    runinfo.write_result(workdir, params_sha256=digest, steps=int(state.step))
-    if hosts.is_main():
-        report_run(workdir)
-        print(diagnose.brief(workdir))
-        print(f"params_sha256 {digest}")
-        run.folder.push()
+            save_if_due(run, checkpoints, state, stop)
+        end(run, checkpoints, state, log)
+    conclude(run, state, diagnose.brief)
     return state
 
 
-def evaluate_if_due(run: Run, state: TrainState, step: int) -> dict[str, float]:
+# ---- what all loops over rollouts do alike -----------------------------------------------------
+
+
+def begin(run: Learner, stack: ExitStack) -> Checkpoints:
+    """Writes down what is run, checks its rewards and opens its checkpoints.
+
+    Raises:
+      RewardFailure: rewards that do not fit the problems.
+    """
+    run.folder.pull()
+    stack.callback(run.folder.push)
+    runinfo.write(run.config, run.workdir)
+    if run.config.reward.functions:
+        check_rewards(run.scorer, run.problems, run.config.reward)
+    run.watchdog.phase("opening the checkpoints")
+    folder = run.folder.saves / "checkpoints"
+    return stack.enter_context(Checkpoints(folder, run.config.log.keep_checkpoints))
+
+
+def save_if_due(
+    run: Learner, checkpoints: Checkpoints, state: TrainState, stop: StopSignal
+) -> None:
+    """After a step: saves every so many, and where the program is asked to stop leaves it."""
+    step = int(state.step)
+    run.watchdog.phase(f"step {step - 1}: saving")
+    stopping = stop.requested()
+    if step % run.config.log.save_every == 0 or stopping:
+        run.folder.push()
+        checkpoints.save(state)
+    if stopping:
+        checkpoints.wait()
+        stop.leave(step)
+
+
+def end(run: Learner, checkpoints: Checkpoints, state: TrainState, log: MetricLog) -> None:
+    """After the last step: saves, and evaluates."""
+    run.folder.push()
+    checkpoints.save(state)
+    final = evaluate_if_due(run, state, run.config.num_steps)
+    if final:
+        log.log(run.config.num_steps, final)
+    checkpoints.wait()
+
+
+def conclude(
+    run: Learner, state: TrainState, last_words: Callable[[Path], str] | None = None
+) -> None:
+    """result.json, curves and tables; `last_words` of the workdir are printed with them."""
+    digest = params_sha256(state.params)
+    runinfo.write_result(run.workdir, params_sha256=digest, steps=int(state.step))
+    if hosts.is_main():
+        report_run(run.workdir)
+        if last_words is not None:
+            print(last_words(run.workdir))
+        print(f"params_sha256 {digest}")
+        run.folder.push()
+
+
+def evaluate_if_due(run: Learner, state: TrainState, step: int) -> dict[str, float]:
     """Held-out metrics of the parameters after `step` rollouts, every so many and at the end."""
     due = run.evaluator and (step % run.config.eval.every == 0 or step == run.config.num_steps)
     if not run.evaluator or not due:
@@ -173,13 +205,15 @@ def saving_first(checkpoints: Checkpoints, state: TrainState) -> Iterator[None]:
         raise
 
 
-def restore_or_start(run: Run, checkpoints: Checkpoints, stop: StopSignal) -> TrainState:
-    """The newest saved state, or else a new one."""
+def restore_or_start(
+    run: Learner, checkpoints: Checkpoints, params: Callable[[], Params]
+) -> TrainState:
+    """The newest saved state, or else a new one of `params()`."""
     state = checkpoints.restore(run.state_like)
     if state is not None:
         hosts.say(f"resuming after step {int(state.step)} of {run.config.num_steps}")
         return state
-    return run.new_state(starting_params(run, stop))
+    return run.new_state(params())
 
 
 def starting_params(run: Run, stop: StopSignal) -> Params:

@@ -28,7 +28,8 @@ class Offload(NamedTuple):
 
 
 NO_OFFLOAD = Offload()
-Objective = Callable[[jax.Array, jax.Array, Batch, Totals], tuple[jax.Array, Means, Maxima]]
+# (what the policy says of each token, its entropy, ...): see `grpo.policy.Logprobs`
+Objective = Callable[[Any, jax.Array, Batch, Totals], tuple[jax.Array, Means, Maxima]]
 
 
 def learning_rate(

@@ -10,6 +10,7 @@ from grpo.model.params import active_params
 from grpo.planning.chips import Topology
 from grpo.planning.make import Options, make_plan
 from grpo.planning.predict import Assumptions, Step
+from grpo.stages.distil import distil
 from grpo.stages.rejection import sample_traces
 from grpo.stages.supervise import supervise
 from grpo.train import train
@@ -73,6 +74,8 @@ def expected_cost(
         return _of_rollouts(config, arch, topology)
     if run is supervise:
         return _of_sft(config, arch, topology)
+    if run is distil:
+        return _of_distillation(config, arch, topology)
     if run is sample_traces:
         return _of_traces(config, arch, topology)
     return Cost()
@@ -95,6 +98,17 @@ def _of_rollouts(config: Config, arch: Arch, topology: Topology | None) -> Cost:
         flops=active_params(arch) * (2 * learnt + 6 * passes * learnt),
         hours=None if topology is None else _step_hours(config, arch, topology),
     )
+
+
+def _of_distillation(config: Config, arch: Arch, topology: Topology | None) -> Cost:
+    """As a run without rewards; what the teacher, which is larger, takes to read is counted as one
+    more update of the student.
+    """
+    cost = _of_rollouts(config, arch, topology)
+    reading = 6 * active_params(arch) * cost.learnt_tokens
+    hours = None if topology is None else _peak_hours(reading, topology)
+    both = None if hours is None or cost.hours is None else cost.hours + hours
+    return dataclasses.replace(cost, flops=cost.flops + reading, hours=both)
 
 
 def _of_traces(config: Config, arch: Arch, topology: Topology | None) -> Cost:

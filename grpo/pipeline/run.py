@@ -220,7 +220,8 @@ def _keeping_programs(workdir: Path) -> Iterator[None]:
 
     (Elsewhere `grpo.build.start` keeps it.)
     """
-    name, before = "jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir
+    name = "jax_compilation_cache_dir"
+    before = getattr(jax.config, name)
     if before is not None or jax.default_backend() != "cpu":
         yield
         return

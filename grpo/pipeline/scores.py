@@ -37,7 +37,7 @@ def headings(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, str]:
     pass@1, pass@k of the largest k, maj@k, then `columns`, then the mean length.
     """
     metrics = rows[-1].metrics if rows else {}
-    found = {}
+    found: dict[str, str] = {}
     for kind, title in (("pass_at", "pass@"), ("maj_at", "maj@")):
         numbers = sorted(
             int(rest)
