@@ -90,7 +90,7 @@ def rl(num_steps: int, source: str = "") -> Config:
     """Reinforcement learning as in R1-Zero, for English chains of thought."""
     config = r1_zero(source, mesh=MESH)
     config.num_steps = num_steps
-    config.optim.learning_rate = 3e-6
+    config.optim = OptimConfig(learning_rate=3e-6, warmup_updates=min(10, num_steps))
     reward = config.reward
     reward.functions = (RIGHT, (0.1, r1_format), (0.2, ENGLISH))
     return config

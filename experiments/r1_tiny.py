@@ -40,7 +40,7 @@ from rewards.formats import r1_format
 from rewards.language import language_consistency
 from rewards.sequences import letters_share
 
-SUMS = WordedSums(min_terms=2, max_terms=3, high=9, size=12_000)
+SUMS = WordedSums(size=20_000)
 HELD_OUT = dataclasses.replace(SUMS, size=1_000, held_out=True)
 LETTERS = Backwards(min_letters=2, max_letters=3, size=4_000)
 TEACHER: dict[str, Any] = {
@@ -76,7 +76,7 @@ def config(sizes: dict[str, Any] | None = None, **sections: Any) -> Config:
     model = ModelConfig(**(sizes or {}), compute_dtype="float32", remat="none")
     return Config(
         model=model,
-        sample=SampleConfig(max_new_tokens=66, slots=128, tokens_per_dispatch=16),
+        sample=SampleConfig(max_new_tokens=74, slots=128, tokens_per_dispatch=16),
         log=LogConfig(save_every=10, keep_checkpoints=1),
         **sections,
     )
@@ -86,7 +86,7 @@ def sft(source: ProblemSource, num_steps: int, rate: float, sizes: Any = None) -
     """Supervised learning from `source`."""
     return config(
         sizes,
-        data=DataConfig(max_prompt_tokens=14),
+        data=DataConfig(max_prompt_tokens=16),
         sft=SftConfig(num_steps=num_steps, source=source, rows_per_step=32, learning_rate=rate),
         optim=OptimConfig(decay="linear", end_share=0.1),
     )
@@ -96,7 +96,7 @@ def rl(num_steps: int, problems: ProblemSource, functions: Any, rate: float = 2e
     """Reinforcement learning."""
     return config(
         num_steps=num_steps,
-        data=DataConfig(train=problems, max_prompt_tokens=14),
+        data=DataConfig(train=problems, max_prompt_tokens=16),
         reward=rewards(functions),
         algo=AlgoConfig(problems_per_step=16, group_size=8, microbatch_tokens=3100),
         optim=OptimConfig(learning_rate=rate, warmup_updates=3, decay="linear", end_share=0.1),
@@ -112,7 +112,7 @@ def rewards(functions: Any) -> RewardConfig:
 def traces(num_problems: int, num_samples: int, **more: Any) -> Config:
     """Right and readable completions of a model."""
     return config(
-        data=DataConfig(train=SUMS, max_prompt_tokens=14),
+        data=DataConfig(train=SUMS, max_prompt_tokens=16),
         reward=rewards(READABLE),
         rejection=RejectionConfig(
             num_problems=num_problems,
@@ -134,9 +134,9 @@ def taught(num_steps: int) -> Config:
 
 def get_pipeline() -> Pipeline:
     careless = CarelessSums(source=SUMS, slip_rate=0.4, mix_rate=0.5, loose_rate=0.3)
-    corpus = sums_and_letters(careless, share=0.8, size=10_000)
+    corpus = sums_and_letters(careless, share=0.9, size=20_000)
     scores = config(
-        data=DataConfig(train=SUMS, held_out=HELD_OUT, max_prompt_tokens=14),
+        data=DataConfig(train=SUMS, held_out=HELD_OUT, max_prompt_tokens=16),
         reward=rewards(READABLE),
         eval=EvalConfig(num_problems=128, num_samples=4, answer_of=tagged_answer),
     )
@@ -144,13 +144,13 @@ def get_pipeline() -> Pipeline:
         Stage(
             "base",
             supervise,
-            sft(corpus, 400, 2e-3, TEACHER),
+            sft(corpus, 700, 2e-3, TEACHER),
             about="a base model, of careless text in two languages",
         ),
         Stage(
             "r1_zero",
             train,
-            rl(50, SUMS, ZERO),
+            rl(40, SUMS, ZERO),
             {"model.source": "base"},
             about="R1-Zero: reinforcement learning alone, for right answers and the form",
         ),
@@ -171,7 +171,7 @@ def get_pipeline() -> Pipeline:
         Stage(
             "reasoning_rl",
             train,
-            rl(50, SUMS, READABLE),
+            rl(40, SUMS, READABLE),
             {"model.source": "cold_start"},
             about="reasoning RL: the rewards of R1-Zero and language consistency",
         ),
@@ -199,7 +199,7 @@ def get_pipeline() -> Pipeline:
         Stage(
             "student_base",
             supervise,
-            sft(corpus, 200, 2e-3, STUDENT),
+            sft(corpus, 500, 2e-3, STUDENT),
             about="a base model half the size",
         ),
         Stage(
@@ -226,7 +226,7 @@ def get_pipeline() -> Pipeline:
         Stage(
             "child",
             release,
-            config(data=DataConfig(train=HELD_OUT, max_prompt_tokens=14)),
+            config(data=DataConfig(train=HELD_OUT, max_prompt_tokens=16)),
             {"model.source": "student_on_policy"},
             about="for modest hardware: a Hugging Face folder and a .gguf file",
         ),

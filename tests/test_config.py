@@ -36,7 +36,7 @@ def tiny(**changes: Any) -> Config:
 # Every field there is. A new one is a new promise to users: add it here when that is meant.
 SURFACE = """
     config: seed num_steps
-    config.model: source shape thinking width mlp_width num_layers num_heads num_kv_heads
+    config.model: source tokenizer shape thinking width mlp_width num_layers num_heads num_kv_heads
       compute_dtype remat attention logprob_chunk base_dtype
     config.lora: rank alpha targets
     config.data: train held_out max_prompt_tokens check_reference
