@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tiny_experiment import get_config
 
+from grpo import build
 from grpo.checkpoint import params_sha256
 from grpo.config import Config, validate
 from grpo.data.few_shot import FewShot
@@ -312,14 +313,8 @@ def small(**changes: Any) -> Config:
 @pytest.fixture(scope="module", autouse=True)
 def model(compiled_once):
     """Every policy of the stage speaks as AFTER says."""
-    original = rejection.start
-
-    def started(config, workdir, stack):
-        folder, watchdog, policy = original(config, workdir, stack)
-        return folder, watchdog, chatty(policy)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rejection, "start", started)
+        patch.setattr(build, "make_policy", lambda config: chatty(make_policy(config)))
         yield
 
 

@@ -206,7 +206,7 @@ def _made_with(config: Config) -> dict[str, Any]:
     """What decides the parts. Not how many problems are asked: more may be asked later."""
     described = describe(config)
     sections = {
-        "model": ("source", "shape", "thinking", "compute_dtype"),
+        "model": ("source", "tokenizer", "shape", "thinking", "compute_dtype"),
         "data": ("train", "max_prompt_tokens", "check_reference"),
         "sample": ("temperature", "max_new_tokens", "stop_strings", "weights", "cache"),
         "reward": ("functions",),
