@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from grpo.engine.engine import Begun, Engine, Request
 from grpo.model.arch import Arch, Experts
 from grpo.model.decoder import decode_step, empty_cache, hidden_states, prefill, to_decode
 from grpo.model.logprobs import completion_logprobs
-from grpo.model.params import decode_table, param_table
+from grpo.model.params import Params, decode_table, param_table
 from grpo.planning.formulas import kv_bytes
 from grpo.sharding import DECODE_RULES, param_shardings
 from grpo.structs import Completion
@@ -41,6 +42,19 @@ def in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Arch, "cache_lengths", lambda arch, length, at_once=1: (length,) * arch.num_layers
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling is most of the time here, and half of that the optimiser's."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def weights_of(arch: Arch) -> Params:
+    return jax.jit(partial(to_decode, arch=arch, dtype="float32"))(toy_params(arch))
 
 
 # ---- lengths -----------------------------------------------------------------------------------
@@ -70,10 +84,8 @@ def test_the_cache_of_gemma_3_270m_follows_its_window():
 # ---- one step ----------------------------------------------------------------------------------
 
 
-@functools.cache
-def compiled_step():
-    quick: Any = {"xla_backend_optimization_level": 0}
-    return jax.jit(decode_step, static_argnums=(1, 7), compiler_options=quick)
+step = jax.jit(decode_step, static_argnums=(1, 7))
+read = jax.jit(prefill, static_argnums=1)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -85,11 +97,17 @@ def test_wrong_guesses_do_not_spoil_the_ring(window):
     positions_RT = np.broadcast_to(np.arange(6 + C, dtype=np.int32), tokens_RT.shape)
     params, ones_RT = toy_params(arch), np.ones_like(tokens_RT)
     form: dict[str, Any] = {"dtype": "float32", "remat": "none"}
-    hidden_RTD = hidden_states(params, arch, tokens_RT, positions_RT, ones_RT, ones_RT, **form)
+    hidden_RTD = jax.jit(partial(hidden_states, arch=arch, **form))(
+        params,
+        tokens_RT=tokens_RT,
+        positions_RT=positions_RT,
+        groups_RT=ones_RT,
+        branches_RT=ones_RT,
+    )
     expected_RTV = np.asarray(hidden_RTD @ params["embed"].T)
 
-    weights = to_decode(params, arch, "float32")
-    prompts = prefill(weights, arch, jnp.asarray(tokens_RT[:, :5]))
+    weights = weights_of(arch)
+    prompts = read(weights, arch, tokens_RT[:, :5])
     # Ones, not zeros: the part of the cache that is not written yet must not matter.
     cache = jax.tree.map(jnp.ones_like, empty_cache(arch, 3, C, "float32", at_once=3))
     assert cache[0][0].shape[2] == min(C, window + 2)
@@ -99,9 +117,7 @@ def test_wrong_guesses_do_not_spoil_the_ring(window):
         at_BT = (prompt_len_B + written_B)[:, None] + np.arange(3)
         fed_BT = np.take_along_axis(tokens_RT, np.minimum(at_BT, 5 + C), axis=1)
         fed_BT = np.where(np.arange(3) < right_B[:, None], fed_BT, (fed_BT + 7) % 32)
-        logits_BTV, cache = compiled_step()(
-            weights, arch, prompts, prompt_len_B, cache, fed_BT, written_B, C
-        )
+        logits_BTV, cache = step(weights, arch, prompts, prompt_len_B, cache, fed_BT, written_B, C)
         for b in range(3):
             for t in range(min(right_B[b], C - written_B[b])):
                 np.testing.assert_allclose(
@@ -112,8 +128,8 @@ def test_wrong_guesses_do_not_spoil_the_ring(window):
 
 def test_a_ring_too_short_for_what_is_fed_is_refused():
     arch = sliding(3)
-    weights = to_decode(toy_params(arch), arch, "float32")
-    prompts = prefill(weights, arch, jnp.zeros((2, 4), jnp.int32))
+    weights = weights_of(arch)
+    prompts = read(weights, arch, np.zeros((2, 4), np.int32))
     length_B, cache = jnp.zeros(2, jnp.int32), empty_cache(arch, 2, 12, "float32", at_once=2)
     with pytest.raises(ValueError, match=r"layer 0 caches 4 tokens, but 3 at a time of 12 need 5"):
         fed_BT = jnp.zeros((2, 3), jnp.int32)
@@ -151,9 +167,7 @@ def sample(
     """Everything the engine yields, by (stream, sample)."""
     arch, mesh = engine.arch, engine.mesh
     table = decode_table(param_table(arch), arch.num_layers)
-    weights = jax.device_put(
-        to_decode(toy_params(arch), arch, "float32"), param_shardings(table, mesh, DECODE_RULES)
-    )
+    weights = jax.device_put(weights_of(arch), param_shardings(table, mesh, DECODE_RULES))
     with jax.set_mesh(mesh):
         done = list(engine.run(weights, wanted, jax.random.key(seed), temperature=temperature))
     return {(wanted[c.problem].stream, c.sample): c for c in done}
@@ -185,119 +199,102 @@ def test_sampler_and_trainer_agree_on_every_token(window):
         np.testing.assert_allclose(completion.logprobs, logprobs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", WINDOWS[:2])
-def test_masks_over_full_caches_give_the_same(window, monkeypatch):
-    expected = plain(window)
-    in_full(monkeypatch)
-    engine = engine_of(sliding(window), mesh_of())
-    assert {leaf.shape[2] for leaf in jax.tree.leaves(engine._programs.slots.cache)} == {MAX_NEW}
-    assert_same(sample(engine), expected)
-
-
-@pytest.mark.parametrize(
-    "window, devices, settings",
-    [
-        (3, 1, {"tail_slots": 4, "draft_tokens": 3}),
-        (8, 1, {"tail_slots": 4, "draft_tokens": 2, "slots_per_prompt": 2}),
-        (3, 8, {"slots_per_prompt": 2, "tail_slots": 4, "draft_tokens": 1}),
-    ],
-)
-@pytest.mark.parametrize("temperature", [0.8, 0.0])
-def test_guesses_tails_and_devices_do_not_change_a_sample(window, devices, settings, temperature):
-    mesh = mesh_of(data=4, tensor=2) if devices == 8 else mesh_of()
-    engine = made(window, mesh, tuple(settings.items()))
-    if temperature:
-        assert_same(sample(engine), plain(window))
-    else:  # greedy text of this model repeats itself, so that guesses are right and wrong
-        few = REQUESTS[1:2]
-        alone = made(window, mesh_of(), ())
-        got, expected = sample(engine, few, temperature=0.0), sample(alone, few, temperature=0.0)
-        assert_same(got, expected)
-        assert engine.stats.passes < alone.stats.passes  # some guesses were right
-
-
-@functools.cache
-def made(window: int, mesh: Mesh, settings: tuple[tuple[str, Any], ...]) -> Engine:
-    return engine_of(sliding(window), mesh, **dict(settings))
-
-
 def test_looking_at_less_of_the_cache_does_not_change_a_sample(monkeypatch):
-    """Views shorter and longer than the ring, prompts shorter and longer than the window."""
-    monkeypatch.setattr(engine_module, "_SHORTEST", 2)
-    engine = engine_of(sliding(3), mesh_of(), tokens_per_dispatch=1, slots_per_prompt=2)
-    assert engine._views == (2, 4, 8, 12) and engine._prompt_lengths == (2, 4, 6)
-    assert_same(sample(engine), plain(3))
+    """Views shorter than the ring, as long, and longer; prompts shorter than what is kept."""
+    monkeypatch.setattr(engine_module, "_SHORTEST", 4)
+    engine = engine_of(sliding(8), mesh_of(), tokens_per_dispatch=2, slots_per_prompt=2)
+    assert engine._views == (4, 8, 12) and engine._prompt_lengths == (4, 6)
+    assert_same(sample(engine), plain(8))
+    assert engine.num_compiled() == 2 + 3 + 2
 
 
 @pytest.mark.parametrize(
-    "window, at_once, settings",
+    "window, at_once, devices, settings",
     [
-        (3, 5, {"goes_on": True, "tail_slots": 4, "draft_tokens": 2}),
-        (8, 3, {"goes_on": True, "tokens_per_dispatch": 3}),
-        (3, 1, {}),
+        (3, 5, 1, {"tokens_per_dispatch": 5, "draft_tokens": 3}),
+        (8, 3, 8, {"tokens_per_dispatch": 3, "draft_tokens": 2, "slots_per_prompt": 2}),
     ],
 )
-def test_what_was_begun_goes_on_as_if_it_had_never_stopped(window, at_once, settings, monkeypatch):
-    """What is read at a time is longer than the window, shorter, or a single token."""
+def test_replays_guesses_tails_and_devices_do_not_change_a_sample(
+    window, at_once, devices, settings, monkeypatch
+):
+    """Some begin, some go on; what is read at a time is longer than the window, or shorter."""
     monkeypatch.setattr(engine_module, "_REPLAY_TOKENS", 3 * 8)
-    expected, rng = plain(window), np.random.default_rng(1)
-    wanted = []
+    expected, rng, wanted = plain(window), np.random.default_rng(1), []
     for request in REQUESTS:
         begun = {}
         for number in range(request.num_samples):
             so_far = expected[request.stream, number]
-            if count := int(rng.integers(0, len(so_far.tokens))):
+            if (count := int(rng.integers(-4, len(so_far.tokens)))) > 0:
                 begun[number] = Begun(so_far.tokens[:count], so_far.logprobs[:count])
         wanted.append(dataclasses.replace(request, begun=begun))
-    longest = max(len(b.tokens) for request in wanted for b in request.begun.values())
-    assert longest > 8
-    engine = engine_of(sliding(window), mesh_of(), **settings)
-    assert engine.at_once == at_once
+    lengths = [len(b.tokens) for request in wanted for b in request.begun.values()]
+    assert max(lengths) > 8 and len(lengths) < 3 * len(wanted) - 3
+    mesh = mesh_of(data=4, tensor=2) if devices == 8 else mesh_of()
+    engine = engine_of(sliding(window), mesh, goes_on=True, tail_slots=4, **settings)
     kept = {leaf.shape[2] for leaf in jax.tree.leaves(engine._programs.slots.cache)}
-    assert kept == {window + at_once - 1, MAX_NEW}
+    assert engine.at_once == at_once and kept == {window + at_once - 1, MAX_NEW}
     assert_same(sample(engine, wanted), expected)
+
+
+def test_only_what_may_be_fed_together_makes_a_ring_longer():
+    def kept(**settings: Any) -> int:
+        engine = engine_of(sliding(3), mesh_of(), **settings)
+        return engine._programs.slots.cache[0][0].shape[2]
+
+    assert kept() == 3
+    assert kept(tail_slots=4, draft_tokens=2) == 5
+    assert kept(goes_on=True) == MAX_NEW  # 64 tokens at a time are more than there are
 
 
 def test_eight_bits_are_the_same_eight_bits(monkeypatch):
     """Each token is rounded alone, so a ring of rounded numbers is a part of the whole."""
-    settings: Any = {"dtype": "int8", "tail_slots": 4, "draft_tokens": 2}
-    got = sample(engine_of(sliding(3), mesh_of(), **settings))
+    got = sample(engine_of(sliding(3), mesh_of(), dtype="int8"))
     in_full(monkeypatch)
-    assert_same(got, sample(engine_of(sliding(3), mesh_of(), **settings)))
+    engine = engine_of(sliding(3), mesh_of(), dtype="int8")
+    assert {leaf.shape[2] for leaf in jax.tree.leaves(engine._programs.slots.cache)} == {MAX_NEW}
+    assert_same(got, sample(engine))
+    assert got[1, 0].logprobs[-1] != pytest.approx(plain(3)[1, 0].logprobs[-1], abs=1e-6)
 
 
-def test_routes_of_all_tokens_are_kept(monkeypatch):
+def test_routes_of_all_tokens_are_kept():
     """The trainer needs them of tokens that no other sees any more."""
     arch = sliding(3, experts=Experts(count=4, per_token=2, width=8))
-    wanted = REQUESTS[1:4]
-    got = sample(engine_of(arch, mesh_of()), wanted)
-    for (stream, _), completion in got.items():
-        read = len(REQUESTS[stream].prompt) - 1 + len(completion.tokens)
-        assert completion.routes is not None and completion.routes.shape == (read, 2, 2)
-    in_full(monkeypatch)
-    assert_same(got, sample(engine_of(arch, mesh_of()), wanted))
+    found = sample(engine_of(arch, mesh_of()), REQUESTS[1:4])
+    texts = {name: [*REQUESTS[name[0]].prompt, *c.tokens][:-1] for name, c in found.items()}
+    tokens_RQ = np.zeros((len(texts), MAX_PROMPT + MAX_NEW), np.int32)
+    for row, text in enumerate(texts.values()):
+        tokens_RQ[row, : len(text)] = text
+    caches = read(weights_of(arch), arch, tokens_RQ)
+    routes_RQLk = np.stack([chosen[:, 0] for *_, chosen in caches], axis=2)
+    for routes_QLk, (name, text) in zip(routes_RQLk, texts.items(), strict=True):
+        np.testing.assert_array_equal(found[name].routes, routes_QLk[: len(text)])
 
 
 # ---- memory ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_the_state_is_as_large_as_the_formula_says_and_written_in_place(window):
-    settings = (("slots_per_prompt", 2), ("tail_slots", 4), ("draft_tokens", 2))
-    engine = made(window, mesh_of(), settings)
-    arch, B, P = engine.arch, 8, 4
+def test_the_state_is_as_large_as_the_formula_says(window):
+    shared: dict[str, Any] = {"slots_per_prompt": 2, "tail_slots": 4, "draft_tokens": 2}
+    engine = engine_of(sliding(window), mesh_of(), **shared)
     with jax.set_mesh(engine.mesh):
         slots = engine._programs.empty()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((slots.prompts, slots.cache)))
-    prompt, own = kv_bytes(arch, 4, MAX_PROMPT), kv_bytes(arch, 4, MAX_NEW, at_once=3)
-    assert held == P * prompt + B * own
+    prompt = kv_bytes(engine.arch, 4, MAX_PROMPT)
+    own = kv_bytes(engine.arch, 4, MAX_NEW, at_once=3)
+    assert held == 4 * prompt + 8 * own
     layer_token = 2 * ARCH.num_kv_heads * ARCH.head_width * 4
     assert prompt == layer_token * (MAX_PROMPT + min(MAX_PROMPT, window))
     assert own == layer_token * (MAX_NEW + min(MAX_NEW, window + 2))
-    if window > 3:
-        return
-    weights = to_decode(toy_params(arch), arch, "float32")
+
+
+def test_a_ring_is_written_in_place():
+    engine, arch = engine_of(sliding(3), mesh_of()), sliding(3)
+    weights = weights_of(arch)
+    slots = engine._programs.slots
     arguments = (weights, slots, np.zeros(8, bool), np.int32(8), np.float32(1), None)
     with jax.set_mesh(engine.mesh):
         decode = engine._programs.decode.lower(*arguments, view=MAX_NEW, greedy=False).compile()
+    held = sum(math.prod(a.shape) * 4 for a in jax.tree.leaves((slots.prompts, slots.cache)))
     assert decode.memory_analysis().alias_size_in_bytes >= held
