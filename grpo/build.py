@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -47,19 +47,16 @@ from rewards.api import Problem
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """Everything a run is made of.
+class Learner:
+    """What every run is made of that learns from what it samples.
 
     Attributes:
       problems: those of data.train whose prompts fit.
       state_like: shapes and shardings of the state, to restore a checkpoint into.
       new_state: initial parameters -> state at step 0.
-      advantage: scores -> advantages [P, G].
       update: (state, microbatches, totals) -> (state, metrics).
-      keep_reference: puts a reference where it is kept while it is not asked.
       empty_batch: a microbatch of padding, on the mesh.
-      needs_every_row: completions of zero advantage still have a gradient (KL or entropy).
-      logprobs: (params, microbatch) -> log-probs [R, C], jitted.
+      needs_every_row: completions of zero advantage still have a gradient.
       watchdog: is told what the run does.
       folder: `workdir`, and where checkpoints go.
     """
@@ -72,21 +69,33 @@ class Run:
     engine: Engine
     scorer: Scorer
     evaluator: Evaluator | None
-    sft: SftStage | None
     state_like: TrainState
     new_state: Callable[[Params], TrainState]
-    advantage: Callable[[Scores], np.ndarray]
     update: Update
-    keep_reference: Callable[[Params], Params]
     empty_batch: Batch
     needs_every_row: bool
-    logprobs: Callable[[Params, Batch], jax.Array]
     watchdog: Watchdog
     folder: Workdir
 
 
 @dataclasses.dataclass(frozen=True)
-class _Subset:
+class Run(Learner):
+    """Everything a run of reinforcement learning is made of.
+
+    Attributes:
+      advantage: scores -> advantages [P, G].
+      keep_reference: puts a reference where it is kept while it is not asked.
+      logprobs: (params, microbatch) -> log-probs [R, C], jitted.
+    """
+
+    sft: SftStage | None
+    advantage: Callable[[Scores], np.ndarray]
+    keep_reference: Callable[[Params], Params]
+    logprobs: Callable[[Params, Batch], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
     """The problems of `source` at `indices`."""
 
     source: ProblemSource
@@ -99,6 +108,35 @@ class _Subset:
         return self.source[self.indices[i]]
 
 
+def start(
+    config: Config, workdir: str | Path, stack: ExitStack, *, scored: bool = True
+) -> tuple[Workdir, Watchdog, Policy]:
+    """What every stage begins with; the mesh and the watchdog are entered into `stack`.
+
+    From here on the configuration remembers which of its fields are read.
+
+    Args:
+      config: what is to run.
+      workdir: a folder or a gs:// address.
+      stack: is left when the stage ends.
+      scored: problems are asked and rewards judge what the model writes.
+
+    Raises:
+      ValueError, TypeError, HostError: as `build`.
+    """
+    folder = open_workdir(workdir)
+    validate(config, scored=scored)
+    watchdog = stack.enter_context(Watchdog(config.hosts.watch_s))
+    runinfo.check_same(config, workdir)
+    track_reads(config)
+    _keep_programs()
+    policy = make_policy(config)
+    if config.lora.rank:
+        hosts.say(describe_adapters(policy, config.model.base_dtype))
+    stack.enter_context(jax.set_mesh(policy.mesh))
+    return folder, watchdog, policy
+
+
 def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Config) -> Run:
     """All parts of a run; the mesh, the watchdog and the reward workers are entered into `stack`.
 
@@ -106,47 +144,20 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
       ValueError, TypeError: the configuration cannot work; nothing has been compiled yet.
       HostError: the processes of the run are not about to do the same.
     """
-    folder = open_workdir(workdir)
-    validate(config)
-    watchdog = stack.enter_context(Watchdog(config.hosts.watch_s))
-    runinfo.check_same(config, workdir)
-    track_reads(config)
-    _keep_programs()
-    policy = make_policy(config)
-    if config.lora.rank:
-        print(describe_adapters(policy, config.model.base_dtype), flush=True)
-    stack.enter_context(jax.set_mesh(policy.mesh))
+    folder, watchdog, policy = start(config, workdir, stack)
     algo, sample = config.algo, config.sample
-    max_prompt, shape = config.data.max_prompt_tokens, microbatch_shape(config, policy)
-    schedule = make_schedule(config, shape)
+    schedule = make_schedule(config, microbatch_shape(config, policy))
     update, optimizer, rate = make_update(config, policy, schedule)
     hosts.say(schedule.describe(rate))
-    assert config.data.train is not None  # validate() saw to it
-    check = config.data.check_reference
-    problems = _usable(policy.tokenizer, config.data.train, max_prompt, check, "train")
+    parts = sampling(config, policy, watchdog, stack)
     extra = extra_groups(algo.problems_per_step, algo.oversample)
-    asked = problems_asked(config)
-    if len(problems) < asked:
-        beyond = f" and {extra} more (algo.oversample)" if extra else ""
-        raise ValueError(
-            f"algo.problems_per_step is {algo.problems_per_step}{beyond}, but data.train has only "
-            f"{len(problems)} usable problems"
-        )
-    considered = asked * max(algo.curriculum, 1)
-    if considered > len(problems):
-        raise ValueError(
-            f"algo.curriculum ({algo.curriculum}) x problems_per_step ({asked}) "
-            f"= {considered} problems to choose from, but data.train has only {len(problems)} "
-            "usable ones; lower one of the two"
-        )
     on_host = {
-        "pass_rates": unseen(len(problems)) if algo.curriculum > 1 else None,
+        "pass_rates": unseen(len(parts.problems)) if algo.curriculum > 1 else None,
         "carried": nothing(extra, algo.group_size, sample.max_new_tokens) if extra else None,
     }
-    engine = make_engine(config, policy)
-    scorer = stack.enter_context(Scorer(config.reward, watchdog.waits_for))
     sft = None
     if config.sft.num_steps:
+        assert config.data.train is not None  # validate() saw to it
         source = config.sft.source or config.data.train
         sft = SftStage(config, policy, source, folder)
     form = state_form(config)
@@ -161,25 +172,68 @@ def build(config: Config, workdir: str | Path, stack: ExitStack, baseline: Confi
         workdir=folder.path,
         policy=policy,
         schedule=schedule,
-        problems=problems,
-        engine=engine,
-        scorer=scorer,
-        evaluator=_evaluator(config, policy, engine, scorer) if config.eval.every else None,
         sft=sft,
         state_like=state_like.replace(**on_host),
         new_state=new_state,
         advantage=bind(algo.advantage, algo),
         update=update,
         keep_reference=partial(jax.device_put, device=reference_shardings(policy, form["offload"])),
-        empty_batch=to_device(pack([], shape).microbatches[0], policy.mesh),
+        empty_batch=empty_batch(schedule, policy),
         needs_every_row=bool(algo.entropy_coef or (algo.kl_coef and not algo.kl_in_reward)),
         logprobs=make_logprobs(policy),
         watchdog=watchdog,
         folder=folder,
+        **parts._asdict(),
     )
+    read_by_every_loop(config)
     _read_what_the_loop_reads(config)
     check_all_read(config, baseline)
     return run
+
+
+class Sampling(NamedTuple):
+    """What samples and judges; see `Learner`."""
+
+    problems: ProblemSource
+    engine: Engine
+    scorer: Scorer
+    evaluator: Evaluator | None
+
+
+def sampling(config: Config, policy: Policy, watchdog: Watchdog, stack: ExitStack) -> Sampling:
+    """Problems, engine and rewards of a run; the reward workers are entered into `stack`.
+
+    Raises:
+      ValueError: there are too few problems, or none that can be used.
+    """
+    assert config.data.train is not None  # validate() saw to it
+    algo, check = config.algo, config.data.check_reference
+    max_prompt = config.data.max_prompt_tokens
+    problems = usable(policy.tokenizer, config.data.train, max_prompt, check, "train")
+    asked = problems_asked(config)
+    if len(problems) < asked:
+        extra = asked - algo.problems_per_step
+        beyond = f" and {extra} more (algo.oversample)" if extra else ""
+        raise ValueError(
+            f"algo.problems_per_step is {algo.problems_per_step}{beyond}, but data.train has only "
+            f"{len(problems)} usable problems"
+        )
+    considered = asked * max(algo.curriculum, 1)
+    if considered > len(problems):
+        raise ValueError(
+            f"algo.curriculum ({algo.curriculum}) x problems_per_step ({asked}) "
+            f"= {considered} problems to choose from, but data.train has only {len(problems)} "
+            "usable ones; lower one of the two"
+        )
+    engine = make_engine(config, policy)
+    scorer = stack.enter_context(Scorer(config.reward, watchdog.waits_for))
+    evaluator = _evaluator(config, policy, engine, scorer) if config.eval.every else None
+    return Sampling(problems, engine, scorer, evaluator)
+
+
+def empty_batch(schedule: Schedule, policy: Policy) -> Batch:
+    """A microbatch of padding, on the mesh."""
+    return to_device(pack([], schedule.row_shape).microbatches[0], policy.mesh)
 
 
 # ---- what follows from a configuration and a policy, for the run and for its plan --------------
@@ -217,30 +271,39 @@ def state_form(config: Config) -> dict[str, Any]:
     }
 
 
-def make_engine(config: Config, policy: Policy) -> Engine:
-    """The engine of the run; nothing is compiled yet."""
-    sample, group_size = config.sample, config.algo.group_size
-    return Engine(
-        policy.arch,
-        policy.tokenizer,
-        policy.mesh,
-        max_prompt=config.data.max_prompt_tokens,
-        max_new=sample.max_new_tokens,
-        slots=sample.slots,
-        slots_per_prompt=sample.slots_per_prompt
+def make_engine(config: Config, policy: Policy, **changes: Any) -> Engine:
+    """The engine of the run, with `changes` to its arguments; nothing is compiled yet."""
+    groups, algo = problems_asked(config), config.algo
+    goes_on = {"goes_on": groups > algo.problems_per_step}
+    return engine_for(config, policy, groups, algo.group_size, **goes_on | changes)
+
+
+def engine_for(
+    config: Config, policy: Policy, groups: int, group_size: int, **changes: Any
+) -> Engine:
+    """An engine for `groups` problems at a time, of which `group_size` completions are wanted.
+
+    With `goes_on` among the changes completions may be begun in one rollout and end in another.
+    """
+    sample = config.sample
+    arguments: dict[str, Any] = {
+        "max_prompt": config.data.max_prompt_tokens,
+        "max_new": sample.max_new_tokens,
+        "slots": sample.slots,
+        "slots_per_prompt": sample.slots_per_prompt
         or shared_slots(
             sample.slots,
             batch_ways(policy.mesh),
             group_size,
-            problems_asked(config) * group_size,
+            groups * group_size,
         ),
-        tokens_per_dispatch=sample.tokens_per_dispatch,
-        dtype="int8" if sample.cache == "int8" else config.model.compute_dtype,
-        stop_strings=sample.stop_strings,
-        tail_slots=sample.tail_slots,
-        draft_tokens=sample.draft_tokens,
-        goes_on=problems_asked(config) > config.algo.problems_per_step,
-    )
+        "tokens_per_dispatch": sample.tokens_per_dispatch,
+        "dtype": "int8" if sample.cache == "int8" else config.model.compute_dtype,
+        "stop_strings": sample.stop_strings,
+        "tail_slots": sample.tail_slots,
+        "draft_tokens": sample.draft_tokens,
+    }
+    return Engine(policy.arch, policy.tokenizer, policy.mesh, **arguments | changes)
 
 
 def make_update(
@@ -289,10 +352,16 @@ def _objective(config: Config, on_policy: bool) -> Objective:
     )
 
 
-def _read_what_the_loop_reads(config: Config) -> None:
-    """Touches the fields that the loop itself looks at, always, while it runs."""
+def read_by_every_loop(config: Config) -> None:
+    """Touches the fields that any loop over rollouts looks at, always, while it runs."""
     _ = config.hosts.watch_s
     _ = config.log.save_every, config.log.keep_checkpoints, config.log.rollouts_every
+    if config.reward.gold_check:
+        _ = config.reward.gold_format
+
+
+def _read_what_the_loop_reads(config: Config) -> None:
+    """Touches the fields that the loop of reinforcement learning looks at besides."""
     algo = config.algo
     _ = algo.passes, algo.mask_truncated, algo.kl_in_reward, algo.dynamic_rounds, algo.curriculum
     if algo.kl_coef:
@@ -301,15 +370,13 @@ def _read_what_the_loop_reads(config: Config) -> None:
         _ = algo.overlong_penalty
     for field in dataclasses.fields(config.gates):
         getattr(config.gates, field.name)
-    if config.reward.gold_check:
-        _ = config.reward.gold_format
 
 
 def _evaluator(config: Config, policy: Policy, engine: Engine, scorer: Scorer) -> Evaluator:
     assert config.data.held_out is not None  # validate() saw to it
     first = Slice(source=config.data.held_out, start=0, stop=config.eval.num_problems)
     check = config.data.check_reference
-    source = _usable(policy.tokenizer, first, engine.max_prompt, check, "held-out")
+    source = usable(policy.tokenizer, first, engine.max_prompt, check, "held-out")
     evaluator = Evaluator(
         engine, scorer, source, config.eval, config.sample.temperature, config.seed
     )
@@ -321,13 +388,13 @@ def _evaluator(config: Config, policy: Policy, engine: Engine, scorer: Scorer) -
     return evaluator
 
 
-def _usable(
+def usable(
     tokenizer: Tokenizer,
     source: ProblemSource,
     max_prompt: int,
     check_reference: Callable[[Any], str | None] | None,
     name: str,
-) -> ProblemSource:
+) -> Subset:
     """The problems whose prompts fit and whose references can be read; tells what was dropped."""
     indices, dropped = usable_indices(
         tokenizer, source, max_prompt, lambda n, of: hosts.say(f"reading {name} problems {n}/{of}")
@@ -346,4 +413,4 @@ def _usable(
         if not indices:
             raise ValueError(f"none of the {name} problems is usable: {'; '.join(notes)}")
     hosts.say("; ".join([f"{name} problems: {len(indices)}", *notes]))
-    return _Subset(source, indices)
+    return Subset(source, indices)

@@ -9,7 +9,12 @@ from absl import app, flags, logging
 _EXPECTED = (ValueError, TypeError, OSError, FloatingPointError)
 
 
-def run(command: Callable[..., None], *positional: str, usage: str) -> None:
+def run(
+    command: Callable[..., None],
+    *positional: str,
+    usage: str,
+    expected: tuple[type[BaseException], ...] = _EXPECTED,
+) -> None:
     """Parses the command line and calls `command` with the values of the positional arguments.
 
     Flags must be defined before.
@@ -18,6 +23,7 @@ def run(command: Callable[..., None], *positional: str, usage: str) -> None:
       command: reads its flags itself.
       positional: names of the arguments, for messages.
       usage: what --help and mistakes show.
+      expected: errors that are told in one line.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -36,7 +42,7 @@ def run(command: Callable[..., None], *positional: str, usage: str) -> None:
             logging.set_verbosity(logging.WARNING)
         try:
             command(*values)
-        except _EXPECTED as error:
+        except expected as error:
             if verbose:
                 raise
             sys.exit(f"error: {error}\n(--verbosity=1 shows where it was raised)")

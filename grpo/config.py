@@ -18,10 +18,10 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from grpo import advantage, loss
+from grpo import advantage, divergence, loss
 from grpo.data.sources import ProblemSource
 from grpo.model.arch import ATTENTION_CHOICES, BASE_DTYPES, REMAT_CHOICES, ROLLOUT_CHOICES
-from rewards.api import Reward
+from rewards.api import Batched, Problem, Reward
 
 
 def doc(default: Any, text: str) -> Any:
@@ -61,8 +61,13 @@ class ModelConfig(Section):
     source: str = doc(
         "",
         "weights: a Hugging Face folder, a .gguf file, the workdir of a run (its newest "
-        "checkpoint), or a name `python -m grpo.fetch` knows; empty makes a new model over bytes, "
-        "of the sizes below",
+        "checkpoint), or a name `python -m grpo.fetch` knows; empty makes a new model of the sizes "
+        "below",
+    )
+    tokenizer: str = doc(
+        "bytes",
+        "new model: `bytes`, or the model whose tokenizer it takes: a folder, a .gguf file, or a "
+        "name as above",
     )
     shape: str = doc(
         "",
@@ -160,7 +165,7 @@ class SampleConfig(Section):
 class RewardConfig(Section):
     """How completions are scored."""
 
-    functions: tuple[tuple[float, Reward], ...] = doc(
+    functions: tuple[tuple[float, Reward | Batched], ...] = doc(
         (),
         "(weight, function) pairs, added up. The first is the verifier: its score of 1 is what "
         "`solved` and the evaluation count",
@@ -301,6 +306,52 @@ class SftConfig(Section):
 
 
 @dataclasses.dataclass
+class RejectionConfig(Section):
+    """Rejection sampling (grpo/stages/rejection.py): right completions become data."""
+
+    num_problems: int = doc(0, "problems of data.train that are asked, the first so many; 0: all")
+    num_samples: int = doc(16, "completions a problem")
+    chunk_problems: int = doc(64, "problems between two saves")
+    asked_as: Callable[[Problem], Problem] | None = doc(
+        None,
+        "how a problem is put to the model, while the plain one is written: "
+        "grpo.data.few_shot.FewShot, for a model that was never taught the form",
+    )
+    filters: tuple[tuple[float, Reward | Batched], ...] = doc(
+        (),
+        "(at_least, reward) pairs: a right completion that gets less from one of them is dropped",
+    )
+    keep: int = doc(4, "different completions kept of a question, at most")
+    bucket_share: float = doc(
+        1.0,
+        "largest share of the traces for problems of one difficulty, by quarters of the pass rate; "
+        "1: any",
+    )
+    general: ProblemSource | None = doc(
+        None, "other problems with meta['worked'], mixed in: general supervised data"
+    )
+    general_share: float = doc(0.0, "of the rows written are from `general`; below 1")
+    parquet: bool = doc(False, "write traces.parquet beside traces.jsonl")
+
+
+@dataclasses.dataclass
+class DistilConfig(Section):
+    """On-policy distillation (grpo/stages/distil.py): the policy learns from a teacher."""
+
+    teacher: str = doc(
+        "", "weights of the teacher, as in model.source; its tokenizer must be the policy's"
+    )
+    divergence: Callable[..., Any] = doc(
+        divergence.reverse_kl,
+        "from the teacher, a token, and made small: reverse_kl, forward_kl, jsd or "
+        "sampled_reverse_kl of grpo.divergence",
+    )
+    beta: float = doc(
+        0.5, "divergence.jsd: the teacher's share of the mixture; near 0 forward KL, near 1 reverse"
+    )
+
+
+@dataclasses.dataclass
 class EvalConfig(Section):
     """Measuring on held-out problems."""
 
@@ -410,6 +461,8 @@ class Config(Section):
     algo: AlgoConfig = doc(AlgoConfig, "the algorithm")
     optim: OptimConfig = doc(OptimConfig, "the optimiser")
     sft: SftConfig = doc(SftConfig, "the cold start")
+    rejection: RejectionConfig = doc(RejectionConfig, "the rejection sampling")
+    distil: DistilConfig = doc(DistilConfig, "the teacher")
     eval: EvalConfig = doc(EvalConfig, "the evaluation")
     gates: GatesConfig = doc(GatesConfig, "what stops a run")
     log: LogConfig = doc(LogConfig, "logs and checkpoints")
@@ -489,7 +542,8 @@ _POSITIVE = """
     model.num_heads model.num_kv_heads model.logprob_chunk lora.alpha optim.eps optim.clip_norm
     gates.max_bad_updates gates.max_gap_nats_mean gates.max_gap_nats_max gates.max_sampler_kl_nats
     gates.degenerate_steps gates.still_steps gates.max_param_change gates.max_kl_old_nats
-    sft.rows_per_step sft.microbatch_tokens eval.num_problems eval.num_samples eval.top_p
+    sft.rows_per_step sft.microbatch_tokens rejection.num_samples rejection.chunk_problems
+    rejection.keep rejection.bucket_share eval.num_problems eval.num_samples eval.top_p
     log.save_every log.keep_checkpoints
 """.split()
 _NOT_NEGATIVE = """
@@ -497,17 +551,24 @@ _NOT_NEGATIVE = """
     algo.clip_high algo.kl_coef algo.ref_every algo.entropy_coef algo.dynamic_rounds algo.curriculum
     algo.overlong_buffer_tokens algo.overlong_penalty optim.learning_rate optim.warmup_updates
     optim.weight_decay reward.gold_check sft.num_steps sft.learning_rate
-    sft.warmup_updates eval.every eval.top_k log.rollouts_every gates.min_adapter_change
+    sft.warmup_updates rejection.num_problems eval.every eval.top_k log.rollouts_every
+    gates.min_adapter_change
 """.split()
 _SHARES = """
     algo.clip_low algo.oversample optim.end_share optim.beta1 optim.beta2 gates.max_failure_rate
     gates.max_timeout_rate gates.max_repeated_share gates.max_zero_id_share gates.max_stuck_share
+    rejection.bucket_share rejection.general_share
     eval.top_p eval.min_p
 """.split()
 
 
-def validate(config: Config) -> None:
-    """Raises ValueError for numbers that cannot work, or cannot work together."""
+def validate(config: Config, *, scored: bool = True) -> None:
+    """Raises ValueError for numbers that cannot work, or cannot work together.
+
+    Args:
+      config: all of it.
+      scored: problems are to be asked and rewards to judge; supervised learning needs neither.
+    """
     check_types(config)
     value_of = {f"{path}.{f.name}"[len("config.") :]: v for path, f, v in fields(config)}
     for name in _POSITIVE + _NOT_NEGATIVE + _SHARES:
@@ -534,10 +595,11 @@ def validate(config: Config) -> None:
         "whole groups",
     )
     _validate_algorithm(config)
-    _need(bool(reward.functions), "reward.functions is empty: there is nothing to learn from")
+    if scored:
+        _need(bool(reward.functions), "reward.functions is empty: there is nothing to learn from")
+        _need(config.data.train is not None, "data.train is not set: there is nothing to ask")
     for weight, function in reward.functions:
         _need(math.isfinite(weight), f"the weight of {describe(function)} is {weight}")
-    _need(config.data.train is not None, "data.train is not set: there is nothing to ask")
     axis_types = ("explicit", "auto")
     _need(
         config.mesh.axis_types in axis_types,
@@ -567,6 +629,7 @@ def validate(config: Config) -> None:
     for name, known in dtypes.items():
         _need(value_of[name] in known, f"{name} is {value_of[name]!r}; choose from {known}")
     _validate_adapters(config)
+    _validate_rejection(config.rejection)
     _need("{gold}" in reward.gold_format, "reward.gold_format must contain {gold}")
     updates = config.num_steps * algo.minibatches * algo.passes
     _need(
@@ -574,6 +637,12 @@ def validate(config: Config) -> None:
         f"optim.warmup_updates is {optim.warmup_updates}, but the run makes only num_steps "
         f"({config.num_steps}) x minibatches ({algo.minibatches}) x passes ({algo.passes}) = "
         f"{updates} updates: it would never reach its learning rate",
+    )
+    beta = config.distil.beta
+    _need(
+        0 < beta < 1,
+        f"distil.beta is {beta}; it must be strictly between 0 and 1 (at the ends the divergence "
+        "vanishes: divergence.forward_kl and reverse_kl are what it becomes there)",
     )
     if config.eval.every:
         _need(config.data.held_out is not None, "eval.every is set, but data.held_out is not")
@@ -590,6 +659,22 @@ def validate(config: Config) -> None:
             f"sft.warmup_updates is {sft.warmup_updates}, but the cold start makes only "
             f"sft.num_steps = {sft.num_steps} updates: it would never reach its learning rate",
         )
+
+
+def _validate_rejection(rejection: RejectionConfig) -> None:
+    for bound, function in rejection.filters:
+        _need(
+            0 < bound <= 1,
+            f"rejection.filters drops what gets less than {bound} from {describe(function)}; "
+            "rewards lie in [0, 1]",
+        )
+    share = rejection.general_share
+    _need(share < 1, "rejection.general_share is 1: there would be no traces")
+    _need(
+        bool(share) == (rejection.general is not None),
+        f"rejection.general_share is {share} and rejection.general is "
+        f"{'set' if rejection.general is not None else 'not set'}; set both or neither",
+    )
 
 
 def _validate_adapters(config: Config) -> None:

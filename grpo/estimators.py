@@ -1,6 +1,8 @@
 """Numbers for held-out problems: pass@k, avg@k, majority vote, and how sure they are."""
 
 import collections
+import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -70,6 +72,43 @@ def majority_correct(answers: Sequence[str | None], correct: Sequence[bool]) -> 
         return avg_at_k(correct)
     most = max(len(votes) for votes in verdicts.values())
     return float(np.mean([np.mean(v) for v in verdicts.values() if len(v) == most]))
+
+
+def majority_at_k(
+    answers: Sequence[str | None],
+    correct: Sequence[bool],
+    k: int,
+    subsets: int = 500,
+    seed: int = 0,
+) -> float:
+    """maj@k of one problem, estimated without bias from n >= k samples.
+
+    The mean of `majority_correct` over the k-subsets of the samples: over all of them if they are
+    no more than `subsets`, else over so many drawn at random.
+
+    Args:
+      answers: as in `majority_correct`.
+      correct: likewise.
+      k: how many samples vote.
+      subsets: most that are looked at.
+      seed: of the draws; the same seed gives the same estimate.
+
+    Raises:
+      ValueError: not 1 <= k <= n, or lists of different lengths.
+    """
+    n = len(answers)
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be from 1 to the number of samples ({n}), got {k}")
+    if n != len(correct):
+        raise ValueError(f"got {n} answers and {len(correct)} verdicts")
+    chosen: Sequence[Sequence[int]]
+    if math.comb(n, k) <= subsets:
+        chosen = list(itertools.combinations(range(n), k))
+    else:
+        rng = np.random.default_rng(seed)
+        chosen = [rng.choice(n, k, replace=False).tolist() for _ in range(subsets)]
+    votes = [majority_correct([answers[i] for i in s], [correct[i] for i in s]) for s in chosen]
+    return float(np.mean(votes))
 
 
 def bootstrap_interval(

@@ -79,7 +79,7 @@ def export(
                 add_tokenizer=partial(
                     add_to_gguf,
                     tokenizer=source.tokenizer,
-                    files=source.files,
+                    files=source.tokenizer_files,
                     rows=source.arch.vocab_size,
                 ),
             )
@@ -121,7 +121,7 @@ def _write_folder(
         return
     _write_json(folder / "config.json", _config(source, dtype))
     _write_json(folder / "generation_config.json", _generation_config(source))
-    write_tokenizer(folder, source.tokenizer, source.files)
+    write_tokenizer(folder, source.tokenizer, source.tokenizer_files)
     card = model_card(source, dtype=dtype, params_sha256=digest)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -549,4 +549,4 @@ def _last_rows(path: Path, count: int) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         lines = collections.deque(file, maxlen=count + 1)  # the last may be an evaluation's alone
     rows = [json.loads(line) for line in lines]
-    return [row for row in rows if "reward/mean" in row][-count:]
+    return [row for row in rows if "optim/bad_updates" in row][-count:]

@@ -13,9 +13,10 @@ Several processes run the same command, each on its own: on every worker of a TP
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -27,8 +28,10 @@ from grpo.gates import GateError
 from grpo.host_memory import return_large_blocks
 from grpo.scoring import RewardFailure
 
+_Made = TypeVar("_Made")
+
 # What a user can mend; anything else is a bug of ours and keeps its traceback.
-_EXPECTED = (
+EXPECTED = (
     ValueError,
     TypeError,
     OSError,
@@ -47,21 +50,33 @@ def main(command: Callable[..., Any]) -> None:
     workdir = flags.DEFINE_string(
         "workdir", None, "folder of this run, or gs://BUCKET/FOLDER", required=True
     )
+    joined = define_processes()
+
+    def run(config: Config, baseline: Config | None) -> None:
+        place = workdir.value if "://" in workdir.value else Path(workdir.value)
+        with joined():
+            command(config, place, baseline=baseline)
+
+    with_config(run)
+
+
+def define_processes() -> Callable[[], AbstractContextManager[None]]:
+    """Defines the flags that say which process of several this is; what joins the others."""
     coordinator = flags.DEFINE_string(
         "coordinator_address", None, "HOST:PORT of process 0, where nothing else tells of others"
     )
     num_processes = flags.DEFINE_integer("num_processes", None, "of this run")
     process_id = flags.DEFINE_integer("process_id", None, "of this process, from 0")
 
-    def run(config: Config, baseline: Config | None) -> None:
+    @contextmanager
+    def joined() -> Iterator[None]:
         hosts.start(coordinator.value, num_processes.value, process_id.value)
-        place = workdir.value if "://" in workdir.value else Path(workdir.value)
         try:
-            command(config, place, baseline=baseline)
+            yield
         finally:
             hosts.finish()
 
-    with_config(run)
+    return joined
 
 
 def with_config(use: Callable[[Config, Config | None], None]) -> None:
@@ -97,7 +112,7 @@ def with_config(use: Callable[[Config, Config | None], None]) -> None:
             apply_preset(preset.value, config, baseline, overrides)
         try:
             use(config, baseline)
-        except _EXPECTED as error:
+        except EXPECTED as error:
             if verbose:
                 raise
             sys.exit(f"error: {_message(error)}\n(--verbosity=1 shows where it was raised)")
@@ -144,6 +159,15 @@ def load_experiment(path: str) -> Callable[[], Config]:
     Raises:
       ValueError: there is no such file, it cannot be run, or it gives no Config; says where.
     """
+    return load(path, "get_config", Config)
+
+
+def load(path: str, function: str, kind: type[_Made]) -> Callable[[], _Made]:
+    """The function of that name in the Python file at `path`, which did run once.
+
+    Raises:
+      ValueError: there is no such file, it cannot be run, or it makes something else; says where.
+    """
     spec = importlib.util.spec_from_file_location("grpo_experiment", path)
     if spec is None or spec.loader is None or not Path(path).is_file():
         raise ValueError(f"there is no Python file (looked from {Path.cwd()})")
@@ -151,18 +175,19 @@ def load_experiment(path: str) -> Callable[[], Config]:
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
     try:
         spec.loader.exec_module(module)
-        get_config: Callable[[], Config] | None = getattr(module, "get_config", None)
-        config = get_config() if get_config else None
+        make: Callable[[], _Made] | None = getattr(module, function, None)
+        made = make() if make else None
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f.lineno for f in frames if Path(f.filename).resolve() == Path(path).resolve()]
         where = f" (line {lines[-1]})" if lines else ""
         raise ValueError(f"it raises {type(error).__name__}: {error}{where}") from error
-    if get_config is None:
-        raise ValueError("it defines no get_config()")
-    if not isinstance(config, Config):
-        raise ValueError(f"its get_config() must return a grpo.config.Config, not {config!r}")
-    return get_config
+    if make is None:
+        raise ValueError(f"it defines no {function}()")
+    if not isinstance(made, kind):
+        wanted = f"{kind.__module__}.{kind.__name__}"
+        raise ValueError(f"its {function}() must return a {wanted}, not {made!r}")
+    return make
 
 
 def _unknown_field(argv: Sequence[str], config: Any) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from grpo import runinfo
 from grpo.advantage import overlong_penalty, penalised, with_component
 from grpo.batch import Packed, Sample, minibatches, pack, to_device, totals, unpack
-from grpo.build import Run
+from grpo.build import Learner, Run
 from grpo.model.params import Params
 from grpo.structs import LENGTH, Rollout, Scores, TrainState
 
@@ -42,7 +42,10 @@ def learn(
       The new state, and metrics: means over the updates, of maxima the largest.
     """
     algo, G = run.config.algo, rollout.group_size
-    samples = _samples(rollout, scores, mask_truncated=algo.mask_truncated)
+    trains_B = scores.valid_PG.reshape(-1)
+    if algo.mask_truncated:
+        trains_B = trains_B & [c.finish != LENGTH for c in rollout.completions]
+    samples = samples_of(rollout, trains_B)
     ref_params = ref_params if state.ref_params is None else state.ref_params
     if ref_params is not None:
         fetched = jax.device_put(ref_params, run.policy.shardings)  # no copy if it is there
@@ -62,24 +65,24 @@ def learn(
     step, seed = int(state.step), run.config.seed
     for number in range(algo.passes):
         for part in minibatches(samples, algo.minibatches, seed=seed, step=step, number=number):
-            state, report = _update(run, state, part)
+            state, report = update(run, state, part)
             reports.append(report)
     return state, metrics | _merged(reports)
 
 
-def _samples(rollout: Rollout, scores: Scores, *, mask_truncated: bool) -> list[Sample]:
-    valid_B = scores.valid_PG.reshape(-1)
+def samples_of(rollout: Rollout, trains_B: np.ndarray) -> list[Sample]:
+    """The completions of a rollout as they are packed; bool, which of them train."""
     return [
         Sample(
             group=c.problem,
             prompt=rollout.prompts[c.problem],
             completion=c.tokens,
-            trains=bool(valid) and not (mask_truncated and c.finish == LENGTH),
+            trains=bool(trains),
             sampler_logprobs=c.logprobs,
             carried=c.carried,
             routes=c.routes,
         )
-        for c, valid in zip(rollout.completions, valid_B, strict=True)
+        for c, trains in zip(rollout.completions, trains_B, strict=True)
     ]
 
 
@@ -109,8 +112,8 @@ def _kl_PG(samples: Sequence[Sample], G: int) -> np.ndarray:
     return np.array([float(gaps.sum()) for gaps in nats]).reshape(-1, G)
 
 
-def _update(
-    run: Run, state: TrainState, samples: Sequence[Sample]
+def update(
+    run: Learner, state: TrainState, samples: Sequence[Sample]
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
     """One optimiser update. Completions that cannot change it are left out of the computation."""
     counts = totals(samples)

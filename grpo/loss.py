@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from grpo.structs import Batch, Mean, Totals
+from grpo.structs import Batch, Comparison, Mean, Totals
 
 Means = dict[str, Mean]
 Maxima = dict[str, jax.Array]
@@ -383,14 +383,11 @@ def grpo_loss(
     means |= _ratio_metrics(log_ratio_RC, silent_RC, batch) | {
         "policy/entropy_nats": _mean(entropy_RC, mask_RC),
         "policy/clamped_share": _mean(clamped_RC, mask_RC),
-        "sampler/gap_nats_mean": _mean(jnp.abs(gap_RC), own_RC),
-        "sampler/kl_nats": _mean(_k3_of(log_gap_RC), own_RC),
     }
-    maxima = {
-        "sampler/gap_nats_max": jnp.max(jnp.abs(gap_RC), where=own_RC, initial=0.0),
-        "policy/ratio_max": jnp.max(jnp.exp(log_ratio_RC), where=mask_RC, initial=0.0),
-    }
-    return loss, means, jax.lax.stop_gradient(maxima)
+    gaps, largest = _sampler_gap(gap_RC, own_RC)
+    ratio_max = jnp.max(jnp.exp(log_ratio_RC), where=mask_RC, initial=0.0)
+    maxima = largest | {"policy/ratio_max": ratio_max}
+    return loss, means | gaps, jax.lax.stop_gradient(maxima)
 
 
 def sft_loss(
@@ -406,6 +403,35 @@ def sft_loss(
         "policy/entropy_nats": _mean(entropy_RC, mask_RC),
     }
     return surprise_RC.sum() / jnp.maximum(totals.tokens, 1.0), means, {}
+
+
+def distil_loss(
+    compared: Comparison, entropy_RC: jax.Array, batch: Batch, totals: Totals
+) -> tuple[jax.Array, Means, Maxima]:
+    """sum(divergence) / tokens over what the student sampled: on-policy distillation.
+
+    Nothing is differentiated that says how the tokens came about (GKD, arXiv:2306.13649, eq. 2,
+    with all of the data from the student).
+    """
+    mask_RC = batch.mask_RC
+    divergence_RC = jnp.where(mask_RC, compared.divergence_RC, 0.0)
+    gap_RC = jnp.where(mask_RC, compared.logprobs_RC - batch.sampler_logprobs_RC, 0.0)
+    gaps, largest = _sampler_gap(gap_RC, mask_RC)
+    means = gaps | {
+        "distil/divergence_nats": _mean(divergence_RC, mask_RC),
+        "distil/teacher_logprob_nats": _mean(compared.teacher_logprobs_RC, mask_RC),
+        "policy/entropy_nats": _mean(entropy_RC, mask_RC),
+    }
+    return divergence_RC.sum() / jnp.maximum(totals.tokens, 1.0), means, largest
+
+
+def _sampler_gap(gap_RC: jax.Array, mask_RC: jax.Array) -> tuple[Means, Maxima]:
+    """Metrics of log pi_trainer - log pi_sampler, which is 0 where masked."""
+    means = {
+        "sampler/gap_nats_mean": _mean(jnp.abs(gap_RC), mask_RC),
+        "sampler/kl_nats": _mean(_k3_of(_clamp(gap_RC)), mask_RC),
+    }
+    return means, {"sampler/gap_nats_max": jnp.max(jnp.abs(gap_RC), where=mask_RC, initial=0.0)}
 
 
 def _without_masked(batch: Batch) -> Batch:

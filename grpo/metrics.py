@@ -210,6 +210,19 @@ SFT_COLUMNS = (
     Column("tok/s", "sft/tokens_per_s", "8,.0f"),
 )
 
+DISTIL_COLUMNS = (
+    Column("divergence", "distil/divergence_nats", "8.4f"),
+    Column("teacher", "distil/teacher_logprob_nats", "7.3f"),
+    Column("entropy", "policy/entropy_nats", "7.3f"),
+    Column("solved", "reward/solved", "7.1%"),
+    Column("length", "rollout/length_tokens_mean", "7.1f"),
+    Column("tok/s", "rollout/tokens_per_s", "7,.0f"),
+    Column("sample s", "time/sample_s", "5.2f"),
+    Column("update s", "time/update_s", "5.2f"),
+    Column("step s", "time/step_s", "6.2f"),
+    Column("gap", "sampler/gap_nats_max", "7.1e"),
+)
+
 _HEADER_EVERY = 20  # rows: the titles never scroll out of an ordinary window
 _PACE_OVER = 20  # steps: long enough to smooth, short enough to follow growing completions
 

@@ -33,7 +33,7 @@ def model_card(source: Source, *, dtype: str, params_sha256: str) -> str:
 
 
 def _introduction(source: Source) -> list[str]:
-    began = "random weights over bytes" if source.files is None else f"`{source.files.name}`"
+    began = "random weights" if source.files is None else f"`{source.files.name}`"
     if source.workdir is None:
         return [f"# {_title(source)}", "", f"Converted from {began}, not trained further."]
     config = _json(source.workdir / "config.json")
@@ -93,7 +93,13 @@ def _scores(workdir: Path, step: int) -> list[str]:
 
 
 def _is_score(name: str) -> bool:
-    kept = ("eval/pass_at_", "eval/maj_at_", "eval/problems", "eval/length_tokens_mean")
+    kept = (
+        "eval/pass_at_",
+        "eval/maj_at_",
+        "eval/full/",
+        "eval/problems",
+        "eval/length_tokens_mean",
+    )
     return name.startswith(kept) and not name.endswith(("_low", "_high"))
 
 

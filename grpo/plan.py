@@ -16,12 +16,12 @@ import json
 import sys
 from collections.abc import Sequence
 
-import jax
 from absl import flags
 
 from grpo.config import Config
 from grpo.launch import with_config
-from grpo.planning.chips import GIB, Topology, parse_topology
+from grpo.planning.chips import GIB, parse_topology
+from grpo.planning.lower import use_no_device
 from grpo.planning.make import Options, Plan, as_json, make_plan
 from grpo.planning.predict import Assumptions
 from grpo.planning.shapes import find_arch
@@ -58,7 +58,7 @@ def plan(config: Config, baseline: Config | None = None) -> None:
     del baseline
     topology = parse_topology(_TOPOLOGY.value)
     compiles = _COMPILE.value and topology.platform != "gpu"
-    _use_no_device(topology, stand_ins=not compiles)
+    use_no_device(topology, stand_ins=not compiles)
     arch = find_arch(config.model, _SHAPE.value)
     options = Options(
         compiles=compiles,
@@ -82,15 +82,6 @@ def plan(config: Config, baseline: Config | None = None) -> None:
         print("\n".join(describe(found, _PRICE.value)))
     if not found.fits:
         sys.exit(1)
-
-
-def _use_no_device(topology: Topology, *, stand_ins: bool) -> None:
-    """Whatever is in this machine stays free, unless the plan is for it."""
-    if topology.platform == "local":
-        return
-    jax.config.update("jax_platforms", "cpu")
-    if stand_ins:
-        jax.config.update("jax_num_cpu_devices", topology.num_devices)
 
 
 def describe(plan: Plan, price: float | None = None) -> list[str]:

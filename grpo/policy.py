@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo.config import Config, LoraConfig, ModelConfig
-from grpo.data.tokenizer import Tokenizer, load_tokenizer, with_thinking
+from grpo.data.tokenizer import Tokenizer, with_thinking
 from grpo.model.arch import Arch
 from grpo.model.attention import chosen_attention
 from grpo.model.decoder import to_decode
-from grpo.model.logprobs import completion_logprobs
+from grpo.model.logprobs import Outputs, completion_logprobs, outputs
 from grpo.model.lora import (
     adapted,
     adapter_table,
@@ -45,11 +45,12 @@ from grpo.sharding import (
     replicated,
     specs_of,
 )
-from grpo.source import at_path, new_arch, open_source
+from grpo.source import at_path, new_arch, new_tokenizer, open_source
 from grpo.structs import Batch
 
 Read = Callable[..., Params]
-Logprobs = Callable[[Params, Params, Batch], tuple[jax.Array, jax.Array]]
+# (parameters, base, batch) -> log-probs and entropy; with a teacher, a `Comparison` and entropy
+Logprobs = Callable[[Params, Params, Batch], tuple[Any, jax.Array]]
 _ADAPTERS = 0x6C6F7261  # keeps their random numbers apart from those of a new model's weights
 
 
@@ -67,6 +68,7 @@ class Policy:
       to_decode: (parameters, base) -> the decode form of the whole, in one jitted cast, unstack
         and reshard.
       logprobs: (parameters, base, batch) -> log-probs and entropy [R, C]; not jitted.
+      outputs: (parameters, base, batch) -> what its logits are made of; not jitted.
       decode_shardings: of the decode form.
       base: () -> the frozen weights, read when first asked for; empty if all are trained.
       base_like: their shapes, dtypes and shardings.
@@ -82,6 +84,7 @@ class Policy:
     initial_params: Callable[[], Params]
     to_decode: Callable[[Params, Params], Params]
     logprobs: Logprobs
+    outputs: Callable[[Params, Params, Batch], Outputs]
     decode_shardings: dict[str, Any] = dataclasses.field(default_factory=dict)
     base: Callable[[], Params] = dict
     base_like: Params = dataclasses.field(default_factory=dict)
@@ -103,7 +106,7 @@ def make_policy(config: Config) -> Policy:
         if config.model.thinking != "default":
             tokenizer = with_thinking(tokenizer, config.model.thinking == "on")
     else:
-        tokenizer = load_tokenizer("bytes")
+        tokenizer = new_tokenizer(config.model)
         arch, read = new_arch(config.model, tokenizer.vocab_size), None
     if arch.experts or arch.latent:
         _plain_only(config)
@@ -194,19 +197,20 @@ def lay_out(
     decoding = decode_table(join(table, base_table, in_table), arch.num_layers)
     decode_shardings = param_shardings(decoding, mesh, DECODE_RULES)
     platform = mesh.devices.flat[0].platform
-    attention_by = chosen_attention(model.attention, platform, arch, model.compute_dtype)
+    settings: Any = {
+        "dtype": model.compute_dtype,
+        "remat": model.remat,
+        "attention_by": chosen_attention(model.attention, platform, arch, model.compute_dtype),
+    }
 
     def logprobs(params: Params, base: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        whole, chunk = join(params, base), model.logprob_chunk
         return completion_logprobs(
-            join(params, base),
-            arch,
-            batch,
-            temperature=temperature,
-            dtype=model.compute_dtype,
-            remat=model.remat,
-            chunk=model.logprob_chunk,
-            attention_by=attention_by,
+            whole, arch, batch, temperature=temperature, chunk=chunk, **settings
         )
+
+    def of_rows(params: Params, base: Params, batch: Batch) -> Outputs:
+        return outputs(join(params, base), arch, batch, **settings)
 
     return Policy(
         arch=arch,
@@ -220,6 +224,7 @@ def lay_out(
         ),
         decode_shardings=decode_shardings,
         logprobs=logprobs,
+        outputs=of_rows,
         **more,
     )
 

@@ -59,6 +59,10 @@ class _Panel:
     held_out: bool = False
 
 
+_SIGNAL = _Panel("groups with a signal", (("groups/signal", "", _BLUE),), percent=True)
+_DIVERGENCE = _Panel(
+    "divergence from the teacher, nats a token", (("distil/divergence_nats", "", _BLUE),)
+)
 _PANELS = (
     _Panel(
         "reward and solved problems",
@@ -67,7 +71,7 @@ _PANELS = (
     ),
     _Panel("completion length, tokens", (("rollout/length_tokens_mean", "", _BLUE),)),
     _Panel("entropy, nats a token", (("policy/entropy_nats", "", _BLUE),)),
-    _Panel("groups with a signal", (("groups/signal", "", _BLUE),), percent=True),
+    _SIGNAL,
     _Panel("gradient norm", (("optim/grad_norm", "", _BLUE),)),
     _Panel("sampler - trainer gap, nats (max)", (("sampler/gap_nats_max", "", _BLUE),), log=True),
 )
@@ -82,8 +86,9 @@ def draw_curves(workdir: Path) -> Path:
     series = read_metrics(workdir / "metrics.jsonl")
     figure = Figure(figsize=(13.5, 7.0), layout="constrained")
     FigureCanvasAgg(figure)
+    taught = "distil/divergence_nats" in series
     for axes, panel in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
-        _draw_panel(axes, panel, series)
+        _draw_panel(axes, _DIVERGENCE if taught and panel is _SIGNAL else panel, series)
     path = workdir / "curves.png"
     figure.savefig(path, dpi=110)
     return path

@@ -2,9 +2,10 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,36 @@ def write(config: Config, workdir: Path) -> None:
     (workdir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
+def check_unchanged(path: Path, made_with: Mapping[str, Any]) -> None:
+    """What is kept beside `path` was made with the same, or nothing is kept yet. A collective.
+
+    Process 0 writes the file where there is none.
+
+    Args:
+      path: a JSON file.
+      made_with: JSON-able; what decides the bits of what is kept.
+
+    Raises:
+      ValueError: something was different then; names it. HostError, if there are other processes.
+    """
+    with hosts.together():
+        if not hosts.is_main():
+            return
+        ours = json.loads(json.dumps(made_with))
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text(json.dumps(ours, indent=2) + "\n")
+            os.replace(partial, path)
+            return
+        changed = list(_differences(json.loads(path.read_text()), ours, ""))
+        if changed:
+            raise ValueError(
+                f"what is in {path.parent} was made otherwise: {'; '.join(changed)}. Go on as "
+                "before, or take a fresh --workdir"
+            )
+
+
 def write_result(workdir: Path, **result: Any) -> None:
     """result.json, written by process 0 when a run has ended well."""
     if hosts.is_main():
@@ -88,7 +119,7 @@ def _software() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -99,7 +130,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _commit() -> str:
+def commit() -> str:
     """Commit of the checkout this package runs from, with "+" if it was changed since."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:

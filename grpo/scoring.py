@@ -44,18 +44,22 @@ class Scorer:
     (`grpo.hosts.owns`). Use as a context manager: leaving it ends the workers.
 
     Args:
-      config: the rewards.
+      config: the rewards. Of none there are no workers; every completion is then valid, and none
+        solves its problem.
       waits_for: is told whom `collect` waits for, and "" when it no longer does.
     """
 
     def __init__(self, config: RewardConfig, waits_for: Callable[[str], None] = lambda whom: None):
         self.weights = np.array([weight for weight, _ in config.functions], np.float32)
-        self._pool = RewardPool(
-            config.functions, workers=config.workers, deadline_s=config.deadline_s
-        )
-        self.names: list[str] = list(self._pool.names)
-        for note in self._pool.notes:
-            hosts.say(note)
+        self._pool: RewardPool | None = None
+        self.names: list[str] = []
+        if config.functions:
+            self._pool = RewardPool(
+                config.functions, workers=config.workers, deadline_s=config.deadline_s
+            )
+            self.names = list(self._pool.names)
+            for note in self._pool.notes:
+                hosts.say(note)
         self._wait_s, self._waits_for = config.wait_s, waits_for
         # Of the pools of all processes, at the last `collect` and at the last report.
         self._counts = dict.fromkeys(_TROUBLES, 0)
@@ -65,11 +69,16 @@ class Scorer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
 
     def submit(self, text: str, problem: Problem, facts: Facts) -> "Future[list[Score]]":
         """Starts judging one completion; `facts` are the `rewards.api.FACTS` of it."""
-        return self._pool.submit(text, problem, facts)
+        if self._pool is not None:
+            return self._pool.submit(text, problem, facts)
+        nothing: Future[list[Score]] = Future()
+        nothing.set_result([])
+        return nothing
 
     def collect(self, futures_PG: Sequence[Sequence["Future[list[Score]] | None"]]) -> Scores:
         """Waits for every judgement, those of other processes too. A collective.
@@ -84,6 +93,8 @@ class Scorer:
           HostError: a judgement could not be had on some process; by a single process, what it
             raised.
         """
+        if self._pool is None:
+            return _unjudged(len(futures_PG), len(futures_PG[0]))
         self._waits_for("its own verdicts")
         own, failure = self._await(futures_PG)
         counts = self._pool.counts()
@@ -154,14 +165,18 @@ class Scorer:
 
     def solved_PG(self, scores: Scores) -> np.ndarray:
         """bool: the first reward, the verifier, gave full marks."""
+        if not self.names:
+            return np.zeros_like(scores.valid_PG)
         return (scores.components[self.names[0]] >= SOLVED) & scores.valid_PG
 
     def metrics(self, scores: Scores) -> dict[str, float]:
         """Means over the valid rows, and how often verifiers failed or ran out of time.
 
         `reward/pool/...` count what went wrong up to the last `collect`, since the last call (see
-        `RewardPool.counts`).
+        `RewardPool.counts`). Without rewards there are none.
         """
+        if not self.names:
+            return {}
         valid_PG = scores.valid_PG
         count = max(int(valid_PG.sum()), 1)
         report = {
@@ -178,6 +193,16 @@ class Scorer:
         return report
 
 
+def _unjudged(P: int, G: int) -> Scores:
+    return Scores(
+        reward_PG=np.zeros((P, G), np.float32),
+        valid_PG=np.ones((P, G), np.bool_),
+        components={},
+        weights={},
+        statuses={},
+    )
+
+
 def _as_if_sampled(text: str) -> Facts:
     """What a reward may ask for; a gold answer is short, so its length need not be exact."""
     return {"length_tokens": len(text) // 4 + 1, "finish_reason": "eos"}
@@ -186,6 +211,13 @@ def _as_if_sampled(text: str) -> Facts:
 def _timeout_rate(scores: Scores) -> float:
     late = np.array([[s == "timeout" for s in found] for found in scores.statuses.values()])
     return float(late.any(axis=0).mean())
+
+
+def check_rewards(scorer: Scorer, source: ProblemSource, config: RewardConfig) -> None:
+    """`check_gold` as `config` asks for it, on all processes; errors are those of `check_gold`."""
+    if config.gold_check:
+        with hosts.together():
+            hosts.say(check_gold(scorer, source, config.gold_format, config.gold_check))
 
 
 def check_gold(scorer: Scorer, source: ProblemSource, gold_format: str, count: int) -> str:

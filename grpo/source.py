@@ -40,6 +40,7 @@ class Source:
       step: of that checkpoint.
       lora: of the run, if it trained adapters: the checkpoint then holds nothing else.
       base_dtype: what it stored `files` in beneath them.
+      tokenizer_from: where the tokenizer is from, if not from `files`.
     """
 
     arch: Arch
@@ -49,6 +50,12 @@ class Source:
     step: int = 0
     lora: LoraConfig | None = None
     base_dtype: str = "float32"
+    tokenizer_from: Path | None = None
+
+    @property
+    def tokenizer_files(self) -> Path | None:
+        """The folder or .gguf file that the tokenizer is in; None: it is the one over bytes."""
+        return self.files or self.tokenizer_from
 
     def read(self, shardings: dict[str, Any], keep: Keep | None = None) -> Params:
         """The parameters, float32, laid out as `shardings` (nested as they are) say.
@@ -65,9 +72,11 @@ class Source:
         keep = keep or (lambda path, array: array)
         if self.workdir is not None:
             params = self._of_run(self.workdir / "checkpoints", shardings)
-            layers = {n: keep(f"layers/{n}", array) for n, array in params["layers"].items()}
-            rest = {n: keep(n, array) for n, array in params.items() if n != "layers"}
-            return {**rest, "layers": layers}
+
+            def kept(path: Any, array: jax.Array) -> Any:
+                return keep(jax.tree_util.keystr(path, simple=True, separator="/"), array)
+
+            return jax.tree_util.tree_map_with_path(kept, params)
         assert self.files is not None
 
         def put(path: str, spec: ParamSpec, array: StoredArray) -> Any:
@@ -187,6 +196,19 @@ def new_arch(model: ModelConfig, vocab_size: int) -> Arch:
     )
 
 
+def new_tokenizer(model: ModelConfig) -> Tokenizer:
+    """The tokenizer of a model that begins as random weights.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none where `model.tokenizer` says.
+    """
+    return load_tokenizer(_tokenizer_from(model) or "bytes")
+
+
+def _tokenizer_from(model: ModelConfig) -> Path | None:
+    return None if model.tokenizer == "bytes" else fetch.model_path(model.tokenizer)
+
+
 def _described(shape: str, vocab_size: int) -> Arch:
     try:
         fields = json.loads(shape)
@@ -220,9 +242,9 @@ def _open_workdir(workdir: Path, step: int | None, base: str) -> Source:
             raise ValueError(
                 f"the run in {workdir} trained adapters over random weights, which it did not save"
             )
-        tokenizer = load_tokenizer("bytes")
+        tokenizer = new_tokenizer(model)
         arch = new_arch(model, tokenizer.vocab_size)
-        return Source(arch, tokenizer, None, workdir, step)
+        return Source(arch, tokenizer, None, workdir, step, tokenizer_from=_tokenizer_from(model))
     try:
         origin = open_source(base or model.source)
     except (FileNotFoundError, ValueError) as error:

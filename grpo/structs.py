@@ -129,6 +129,20 @@ class Batch(struct.PyTreeNode):
     routes_RTLk: Any = None
 
 
+class Comparison(NamedTuple):
+    """What a student and its teacher make of completion tokens; float32 nats.
+
+    Attributes:
+      divergence_RC: between their distributions of the token, and what is learnt from.
+      logprobs_RC: of the token, by the student.
+      teacher_logprobs_RC: of the token, by the teacher.
+    """
+
+    divergence_RC: Any
+    logprobs_RC: Any
+    teacher_logprobs_RC: Any
+
+
 class Totals(NamedTuple):
     """What a loss is divided by: counts over the whole minibatch, before rows are dropped or split.
 

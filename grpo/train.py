@@ -4,7 +4,7 @@ P problems a step, G completions each, B = P * G rows; row b belongs to problem 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from grpo import diagnose, gates, hosts, runinfo
 from grpo.ask import ask
-from grpo.build import Run, build
+from grpo.build import Learner, Run, build
 from grpo.checkpoint import Checkpoints, params_sha256
 from grpo.config import Config
 from grpo.host_memory import resident_gib, return_free_pages
@@ -23,7 +23,7 @@ from grpo.metrics import GRPO_COLUMNS, ConsoleTable, JsonlWriter, MetricLog
 from grpo.model.params import Params
 from grpo.report import report_run
 from grpo.rollout import readable_rows
-from grpo.scoring import check_gold
+from grpo.scoring import check_rewards
 from grpo.signals import StopSignal
 from grpo.structs import TrainState
 from grpo.watchdog import telling
@@ -56,27 +56,16 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         stack.enter_context(telling(AGREED))
         stop = stack.enter_context(StopSignal())
         run = build(config, workdir, stack, baseline or Config())
-        config, workdir, phase = run.config, run.workdir, run.watchdog.phase
-        run.folder.pull()
-        stack.callback(run.folder.push)
-        runinfo.write(config, workdir)
-        if config.reward.gold_check:
-            reward = config.reward
-            with hosts.together():
-                found = check_gold(run.scorer, run.problems, reward.gold_format, reward.gold_check)
-                hosts.say(found)
-        phase("opening the checkpoints")
-        checkpoints = stack.enter_context(
-            Checkpoints(run.folder.saves / "checkpoints", config.log.keep_checkpoints)
-        )
-        state = restore_or_start(run, checkpoints, stop)
+        workdir, phase = run.workdir, run.watchdog.phase
+        checkpoints = begin(run, stack)
+        state = restore_or_start(run, checkpoints, lambda: starting_params(run, stop))
         algo, first = config.algo, int(state.step)
         # A reference that is renewed is part of the state.
         fixed = algo.kl_coef and not algo.ref_every
         ref_params = run.keep_reference(starting_params(run, stop)) if fixed else None
         phase("compiling")
         run.engine.compile(run.policy.for_decoding(state.params))
-        run.update.compile(state.params, run.empty_batch)
+        run.update.compile(run.empty_batch)
         return_free_pages()
         log = stack.enter_context(MetricLog(workdir, resume_step=first))
         texts = None
@@ -125,32 +114,71 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
             table.row(step, metrics)
             with saving_first(checkpoints, state):
                 watch.stop()
-            phase(f"step {step}: saving")
-            stopping = stop.requested()
-            if (step + 1) % config.log.save_every == 0 or stopping:
-                run.folder.push()
-                checkpoints.save(state)
-            if stopping:
-                checkpoints.wait()
-                stop.leave(step + 1)
-
-        run.folder.push()
-        checkpoints.save(state)
-        final = evaluate_if_due(run, state, config.num_steps)
-        if final:
-            log.log(config.num_steps, final)
-        checkpoints.wait()
-    digest = params_sha256(state.params)
-    runinfo.write_result(workdir, params_sha256=digest, steps=int(state.step))
-    if hosts.is_main():
-        report_run(workdir)
-        print(diagnose.brief(workdir))
-        print(f"params_sha256 {digest}")
-        run.folder.push()
+            save_if_due(run, checkpoints, state, stop)
+        end(run, checkpoints, state, log)
+    conclude(run, state, diagnose.brief)
     return state
 
 
-def evaluate_if_due(run: Run, state: TrainState, step: int) -> dict[str, float]:
+# ---- what all loops over rollouts do alike -----------------------------------------------------
+
+
+def begin(run: Learner, stack: ExitStack) -> Checkpoints:
+    """Writes down what is run, checks its rewards and opens its checkpoints.
+
+    Raises:
+      RewardFailure: rewards that do not fit the problems.
+    """
+    run.folder.pull()
+    stack.callback(run.folder.push)
+    runinfo.write(run.config, run.workdir)
+    if run.config.reward.functions:
+        check_rewards(run.scorer, run.problems, run.config.reward)
+    run.watchdog.phase("opening the checkpoints")
+    folder = run.folder.saves / "checkpoints"
+    return stack.enter_context(Checkpoints(folder, run.config.log.keep_checkpoints))
+
+
+def save_if_due(
+    run: Learner, checkpoints: Checkpoints, state: TrainState, stop: StopSignal
+) -> None:
+    """After a step: saves every so many, and where the program is asked to stop leaves it."""
+    step = int(state.step)
+    run.watchdog.phase(f"step {step - 1}: saving")
+    stopping = stop.requested()
+    if step % run.config.log.save_every == 0 or stopping:
+        run.folder.push()
+        checkpoints.save(state)
+    if stopping:
+        checkpoints.wait()
+        stop.leave(step)
+
+
+def end(run: Learner, checkpoints: Checkpoints, state: TrainState, log: MetricLog) -> None:
+    """After the last step: saves, and evaluates."""
+    run.folder.push()
+    checkpoints.save(state)
+    final = evaluate_if_due(run, state, run.config.num_steps)
+    if final:
+        log.log(run.config.num_steps, final)
+    checkpoints.wait()
+
+
+def conclude(
+    run: Learner, state: TrainState, last_words: Callable[[Path], str] | None = None
+) -> None:
+    """result.json, curves and tables; `last_words` of the workdir are printed with them."""
+    digest = params_sha256(state.params)
+    runinfo.write_result(run.workdir, params_sha256=digest, steps=int(state.step))
+    if hosts.is_main():
+        report_run(run.workdir)
+        if last_words is not None:
+            print(last_words(run.workdir))
+        print(f"params_sha256 {digest}")
+        run.folder.push()
+
+
+def evaluate_if_due(run: Learner, state: TrainState, step: int) -> dict[str, float]:
     """Held-out metrics of the parameters after `step` rollouts, every so many and at the end."""
     due = run.evaluator and (step % run.config.eval.every == 0 or step == run.config.num_steps)
     if not run.evaluator or not due:
@@ -177,13 +205,15 @@ def saving_first(checkpoints: Checkpoints, state: TrainState) -> Iterator[None]:
         raise
 
 
-def restore_or_start(run: Run, checkpoints: Checkpoints, stop: StopSignal) -> TrainState:
-    """The newest saved state, or else a new one."""
+def restore_or_start(
+    run: Learner, checkpoints: Checkpoints, params: Callable[[], Params]
+) -> TrainState:
+    """The newest saved state, or else a new one of `params()`."""
     state = checkpoints.restore(run.state_like)
     if state is not None:
         hosts.say(f"resuming after step {int(state.step)} of {run.config.num_steps}")
         return state
-    return run.new_state(starting_params(run, stop))
+    return run.new_state(params())
 
 
 def starting_params(run: Run, stop: StopSignal) -> Params:
@@ -192,4 +222,4 @@ def starting_params(run: Run, stop: StopSignal) -> Params:
     A cold start that is over is not repeated; it left its own checkpoint.
     """
     params = run.policy.initial_params()
-    return run.sft.run(params, stop, run.watchdog) if run.sft is not None else params
+    return params if run.sft is None else run.sft.run(params, stop, run.watchdog).params

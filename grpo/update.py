@@ -28,7 +28,8 @@ class Offload(NamedTuple):
 
 
 NO_OFFLOAD = Offload()
-Objective = Callable[[jax.Array, jax.Array, Batch, Totals], tuple[jax.Array, Means, Maxima]]
+# (what the policy says of each token, its entropy, ...): see `grpo.policy.Logprobs`
+Objective = Callable[[Any, jax.Array, Batch, Totals], tuple[jax.Array, Means, Maxima]]
 
 
 def learning_rate(
@@ -252,13 +253,13 @@ class Update:
         self._like = abstract_state(policy, optimizer, **form, offload=offload)
         state = _shardings(self._like)
         on_device = _shardings(abstract_state(policy, optimizer, **form)).opt_state
-        everywhere = replicated(policy.mesh)
+        self._everywhere = everywhere = replicated(policy.mesh)
         sums = Sums(loss=everywhere, means=everywhere, maxima=everywhere, grads=state.params)
         self._base, self._base_like = policy.base, policy.base_like
         parts: Any = {"logprobs": policy.logprobs, "objective": objective}
         nothing = propagated(partial(no_sums, **parts), specs_of(sums))
-        self._nothing = jax.jit(nothing, out_shardings=sums)
-        self._add = jax.jit(partial(add_sums, **parts), out_shardings=sums, donate_argnums=0)
+        self._nothing: Any = jax.jit(nothing, out_shardings=sums)
+        self._add: Any = jax.jit(partial(add_sums, **parts), out_shardings=sums, donate_argnums=0)
         self._apply: Any = jax.jit(
             partial(
                 _apply,
@@ -278,21 +279,25 @@ class Update:
         sums = self.sums(state.params, microbatches, totals)
         return self._apply(state, sums)
 
-    def compile(self, params: Params, empty: Batch) -> None:
-        """Compiles everything, for microbatches like `empty`: all padding, and on the mesh.
+    def compile(self, batch: Batch) -> None:
+        """Compiles everything, for microbatches like `batch`, which may be abstract.
 
-        The optimiser is compiled for a state that need not be there: it would consume it.
+        Nothing is run: what a program needs while it runs would come on top of what the compiler
+        needs, and the optimiser would consume a state.
         """
-        optimiser = self.programs(empty)[-1]
-        self._apply = optimiser.function.lower(*optimiser.arguments).compile()
-        jax.block_until_ready(self.sums(params, [empty], Totals(0, 0)))
+        self._nothing, self._add, self._apply = (
+            program.function.lower(*program.arguments).compile() for program in self.programs(batch)
+        )
 
     def programs(self, batch: Batch) -> list[Program]:
         """What `compile` compiles, for a microbatch that may be abstract; the optimiser last."""
-        count = jax.ShapeDtypeStruct((), jnp.float32)
+        count = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._everywhere)
         totals, params = Totals(count, count), self._like.params
         given = params, self._base_like, batch, totals
-        sums = jax.eval_shape(self._nothing, *given)
+        sums = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._everywhere),
+            jax.eval_shape(self._nothing, *given),
+        )
         sums = sums.replace(grads=params)  # their shapes and shardings
         return [
             Program("no gradients", self._nothing, given),

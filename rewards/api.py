@@ -308,8 +308,10 @@ def parts(function: Any) -> Iterator[Any]:
     yield plain
     if dataclasses.is_dataclass(plain) and not isinstance(plain, type):
         for field in dataclasses.fields(plain):
-            if callable(value := getattr(plain, field.name)):
-                yield from parts(value)
+            value = getattr(plain, field.name)
+            for held in value.values() if isinstance(value, Mapping) else [value]:
+                if callable(held) or isinstance(held, Batched):
+                    yield from parts(held)
 
 
 def _no_answer(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ import functools
 import re
 from collections.abc import Iterator
 
-from rewards.api import Problem
+from rewards.api import BadReference, Problem
 from rewards.words import words_and_lines
 
 # Code points of the scripts that belong to one language here, or to the group of LATIN below.
@@ -115,11 +115,36 @@ class LanguageShare:
 
     def __call__(self, completion: str, problem: Problem) -> float:
         del problem
-        matching = total = 0
-        for found, scripts in _blocks(completion):
-            total += len(found)
-            matching += _matching(found, scripts, self.language)
-        return matching / total if total else 0.0
+        return _share(completion, self.language)
+
+
+def language_consistency(completion: str, problem: Problem) -> float:
+    """Share of the words of the chain of thought that are in `problem.meta["language"]`.
+
+    The chain of thought is what stands before `</think>`; where that tag is missing it is all of
+    the completion, so that leaving the tag out hides nothing. The answer behind it is not judged:
+    it may have to be a name, a program or a translation. Words are those of `LanguageShare`, which
+    judges whole completions in one language.
+
+    Raises:
+      BadReference: the problem names no language, or one that `LanguageShare` does not know.
+
+    Source: arXiv:2501.12948, section 2.3.2: the proportion of target language words in the chain
+      of thought, added to the reward for the answer.
+    """
+    language = problem.meta.get("language")
+    if language not in _LANGUAGES:
+        known = ", ".join(sorted(_LANGUAGES))
+        raise BadReference(f"meta['language'] is {language!r}; it must be one of {known}")
+    return _share(completion.partition("</think>")[0], language)
+
+
+def _share(text: str, language: str) -> float:
+    matching = total = 0
+    for found, scripts in _blocks(text):
+        total += len(found)
+        matching += _matching(found, scripts, language)
+    return matching / total if total else 0.0
 
 
 def _blocks(completion: str) -> Iterator[tuple[list[str], list[str]]]:

@@ -44,6 +44,30 @@ class SoftOverlong:
 
 
 @dataclasses.dataclass(frozen=True)
+class LengthBetween:
+    """1.0 for a completion of `low` to `high` tokens, both included, else 0.0: a filter.
+
+    Attributes:
+      low: the fewest tokens.
+      high: the most.
+
+    Raises:
+      ValueError: there is no length between them.
+    """
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high:
+            raise ValueError(f"need 0 <= low <= high, got {self.low} and {self.high}")
+
+    def __call__(self, completion: str, problem: Problem, *, length_tokens: int) -> float:
+        del completion, problem
+        return float(self.low <= length_tokens <= self.high)
+
+
+@dataclasses.dataclass(frozen=True)
 class CosineLength:
     """A verdict that also depends on length: short if right, thorough if wrong.
 

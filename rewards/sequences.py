@@ -1,9 +1,10 @@
 """Answers that are a run of letters or a list of items."""
 
+import operator
 from typing import Any
 
 from rewards.answers import parse_number
-from rewards.api import Problem
+from rewards.api import BadReference, Problem
 from rewards.formats import answer_text
 
 _MAX_LETTERS = 1_000
@@ -22,6 +23,26 @@ def letters_answer(completion: str, problem: Problem) -> float:
     if answer is None or len(answer) > _MAX_LETTERS:
         return 0.0
     return float(_letters(answer) == _letters(str(problem.reference)))
+
+
+def letters_share(completion: str, problem: Problem) -> float:
+    """Share of the reference's letters that the answer block has in their places: a graded reward.
+
+    Letters are read as in `letters_answer`, whose 1.0 is this one's; what is too long or too short
+    is measured by the longer of the two, so "catcat" for "cat" is 1/2.
+
+    Raises:
+      BadReference: the reference has no letters.
+    """
+    expected = _letters(str(problem.reference))
+    if not expected:
+        raise BadReference(f"the reference {problem.reference!r} has no letters")
+    answer = answer_text(completion)
+    if answer is None or len(answer) > _MAX_LETTERS:
+        return 0.0
+    found = _letters(answer)
+    in_place = sum(map(operator.eq, found, expected))
+    return in_place / max(len(found), len(expected))
 
 
 def list_answer(completion: str, problem: Problem) -> float:

@@ -15,6 +15,7 @@ import pytest
 from rewards.answers import exact_answer, gsm8k_answer, last_number, numeric_answer
 from rewards.api import Batched, Problem, Reward, Row
 from rewards.audit import GOLD_FORMAT, Finding, audit, inline_scorer
+from rewards.by_task import by_task
 from rewards.choice import choice_answer
 from rewards.code_tests import CodeTests, isolation
 from rewards.countdown import countdown
@@ -22,12 +23,12 @@ from rewards.formats import r1_format, r1_format_lenient
 from rewards.gates import gated
 from rewards.hostile import hostile_texts
 from rewards.json_schema import json_answer
-from rewards.language import LanguageShare
-from rewards.length import CosineLength, SoftOverlong
+from rewards.language import LanguageShare, language_consistency
+from rewards.length import CosineLength, LengthBetween, SoftOverlong
 from rewards.math_answer import math_answer
 from rewards.repetition import Unrepeated
 from rewards.sandbox.tiers import NoIsolation
-from rewards.sequences import letters_answer, list_answer
+from rewards.sequences import letters_answer, letters_share, list_answer
 
 ROOT = Path(__file__).parent.parent
 LIMIT_MS = 500.0  # a busy machine may take five times as long as the audit's own limit
@@ -65,6 +66,7 @@ ANSWERS: list[tuple[Reward, list[tuple[Any, str]], str]] = [
     (functools.partial(math_answer, form="gsm8k"), MATHS, "So.\n#### {gold}"),
     (gated(numeric_answer, by=r1_format), NUMBERS, GOLD_FORMAT),
     (CosineLength(numeric_answer, 10**6, right=(1.0, 1.0)), NUMBERS, GOLD_FORMAT),
+    (by_task({"": numeric_answer, "other": exact_answer}), NUMBERS, GOLD_FORMAT),
 ]
 STYLES: list[Reward] = [
     r1_format,
@@ -72,13 +74,19 @@ STYLES: list[Reward] = [
     LanguageShare("en"),
     Unrepeated(),
     SoftOverlong(max_tokens=1_000, cache_tokens=500),
+    LengthBetween(2, 1_000),
+    letters_share,  # graded: it pays what is half right, as no verifier may
+    language_consistency,
     gated(r1_format_lenient, by=r1_format),
 ]
 
 
+META = {"task": "", "language": "en"}
+
+
 def rows_of(pairs: Sequence[tuple[Any, str]]) -> list[Row]:
     return [
-        ("", Problem(f"p{i}", prompt="What?", reference=reference, gold=gold), {})
+        ("", Problem(f"p{i}", prompt="What?", reference=reference, gold=gold, meta=META), {})
         for i, (reference, gold) in enumerate(pairs)
     ]
 

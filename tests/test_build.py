@@ -9,7 +9,7 @@ from tiny_experiment import get_config
 
 from grpo import loss
 from grpo.batch import RowShape
-from grpo.build import Run, _objective, _usable, build
+from grpo.build import Run, _objective, build, usable
 from grpo.config import validate
 from grpo.data.tokenizer import ByteTokenizer
 from rewards.api import Problem
@@ -23,7 +23,7 @@ PROBLEMS = [
 
 
 def test_problems_with_long_prompts_or_bad_references_are_dropped_and_reported(capsys):
-    kept = _usable(ByteTokenizer(), PROBLEMS, 8, check_reference, "train")
+    kept = usable(ByteTokenizer(), PROBLEMS, 8, check_reference, "train")
     assert [kept[i].uid for i in range(len(kept))] == ["right"]
     said = capsys.readouterr().out
     assert "train problems: 1; 1 dropped, their prompts exceed 8 tokens; 1 dropped for" in said
@@ -31,13 +31,13 @@ def test_problems_with_long_prompts_or_bad_references_are_dropped_and_reported(c
 
 
 def test_references_are_not_looked_at_unless_asked(capsys):
-    assert len(_usable(ByteTokenizer(), PROBLEMS, 20, None, "train")) == 3
+    assert len(usable(ByteTokenizer(), PROBLEMS, 20, None, "train")) == 3
     assert capsys.readouterr().out == "train problems: 3\n"
 
 
 def test_a_source_of_bad_references_only_is_refused():
     with pytest.raises(ValueError, match="none of the held-out problems is usable: 1 dropped"):
-        _usable(ByteTokenizer(), PROBLEMS[2:], 20, check_reference, "held-out")
+        usable(ByteTokenizer(), PROBLEMS[2:], 20, check_reference, "held-out")
 
 
 # ---- what follows from the algorithm ---------------------------------------------------------

@@ -51,6 +51,9 @@ SURFACE = """
     config.optim: learning_rate warmup_updates decay end_share beta1 beta2 eps weight_decay
       clip_norm offload
     config.sft: num_steps source rows_per_step microbatch_tokens learning_rate warmup_updates
+    config.rejection: num_problems num_samples chunk_problems asked_as filters keep bucket_share
+      general general_share parquet
+    config.distil: teacher divergence beta
     config.eval: every num_problems num_samples temperature top_k top_p min_p answer_of
     config.gates: max_bad_updates max_gap_nats_mean max_gap_nats_max max_sampler_kl_nats
       max_failure_rate max_timeout_rate max_repeated_share max_zero_id_share max_stuck_share
@@ -235,6 +238,8 @@ def test_whole_numbers_are_fine_where_fractions_are():
         ({"gates__max_failure_rate": 2.0}, r"max_failure_rate is 2.0; it must be in \[0, 1\]"),
         ({"data__train": None}, "nothing to ask"),
         ({"data__held_out": None}, "eval.every is set, but data.held_out is not"),
+        ({"distil__beta": 0.0}, "distil.beta is 0.0; it must be strictly between 0 and 1"),
+        ({"distil__beta": math.nan}, "distil.beta is nan"),
         ({"optim__decay": "step"}, "optim.decay is 'step'; choose from .*'cosine'"),
         ({"optim__learning_rate": -1e-6}, "optim.learning_rate is -1e-06; it cannot be neg"),
         (

@@ -1,12 +1,19 @@
 """Estimators against brute force: every subset, every tie, every resample."""
 
+import collections
 import itertools
 import math
 
 import numpy as np
 import pytest
 
-from grpo.estimators import avg_at_k, bootstrap_interval, majority_correct, pass_at_k
+from grpo.estimators import (
+    avg_at_k,
+    bootstrap_interval,
+    majority_at_k,
+    majority_correct,
+    pass_at_k,
+)
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -58,6 +65,49 @@ def test_majority_refuses_what_does_not_match():
         majority_correct(["1", "2"], [True])
     with pytest.raises(ValueError, match="0 answers"):
         majority_correct([], [])
+
+
+def votes_of(samples):
+    """Who wins each way of voting, by counting: the share of right ones among the winners."""
+    counts = collections.Counter(answer for answer, _ in samples if answer is not None)
+    if not counts:
+        return np.mean([right for _, right in samples])
+    winners = [answer for answer, count in counts.items() if count == max(counts.values())]
+    shares = [np.mean([r for a, r in samples if a == winner]) for winner in winners]
+    return np.mean(shares)
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+def test_majority_at_k_is_the_mean_over_all_subsets(k):
+    answers = ["7", "3", None, "7", "5", "3"]
+    correct = [True, False, False, True, False, True]
+    samples = list(zip(answers, correct, strict=True))
+    every = [votes_of(subset) for subset in itertools.combinations(samples, k)]
+    assert majority_at_k(answers, correct, k) == pytest.approx(np.mean(every), abs=1e-12)
+
+
+def test_majority_of_one_is_the_mean_and_of_all_is_the_vote():
+    answers, correct = ["7", "3", "3"], [True, False, False]
+    assert majority_at_k(answers, correct, 1) == pytest.approx(1 / 3)
+    assert majority_at_k(answers, correct, 3) == majority_correct(answers, correct) == 0.0
+
+
+def test_majority_of_many_is_estimated_from_seeded_subsets():
+    answers = [str(i % 3) for i in range(12)]
+    correct = [answer == "1" for answer in answers]
+    exact = majority_at_k(answers, correct, 5, subsets=math.comb(12, 5))
+    drawn = [majority_at_k(answers, correct, 5, subsets=400, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    # 400 draws of a number in [0, 1]: its mean is within 4 x 0.5 / 20.
+    assert drawn == pytest.approx([exact] * 3, abs=0.1)
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_majority_at_k_refuses_impossible_numbers(k):
+    with pytest.raises(ValueError, match=rf"number of samples \(2\), got {k}"):
+        majority_at_k(["1", "2"], [True, False], k)
+    with pytest.raises(ValueError, match="2 answers and 1 verdicts"):
+        majority_at_k(["1", "2"], [True], 1)
 
 
 def test_bootstrap_agrees_with_every_resample():

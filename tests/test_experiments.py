@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from grpo.config import validate
-from grpo.launch import load_experiment
+from grpo.launch import load, load_experiment
+from grpo.pipeline import Pipeline
+from grpo.pipeline.chain import check_pipeline
 from grpo.train import train
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("[!_]*.py"))
@@ -23,7 +25,16 @@ def test_an_experiment_says_what_it_is_and_validates(path):
     for part in ("Source:", "Command:", "Hardware:"):
         assert f"\n{part}" in told, part
     assert f"--config=experiments/{path.name}" in told
-    validate(load_experiment(str(path))())
+    if "def get_pipeline" in path.read_text():
+        pipeline = load(str(path), "get_pipeline", Pipeline)()
+        check_pipeline(pipeline)
+        configs = [stage.config for stage in pipeline.stages]
+        assert pipeline.scores is not None
+        validate(pipeline.scores)
+    else:
+        configs = [load_experiment(str(path))()]
+    for config in configs:
+        validate(config, scored=bool(config.reward.functions))
 
 
 @pytest.mark.slow

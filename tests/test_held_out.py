@@ -1,5 +1,6 @@
 """Held-out numbers from a solved matrix made by hand; the same evaluation gives the same."""
 
+import dataclasses
 import itertools
 import json
 from functools import partial
@@ -16,12 +17,18 @@ from grpo.config import EvalConfig, RewardConfig
 from grpo.data.procedural import DigitChain
 from grpo.data.tokenizer import ByteTokenizer
 from grpo.engine.engine import Engine, EngineStats
-from grpo.held_out import Evaluator, filters_of, held_out_metrics
+from grpo.held_out import (
+    Evaluator,
+    component_metrics,
+    filters_of,
+    held_out_metrics,
+    majority_values,
+)
 from grpo.model.decoder import to_decode
 from grpo.model.params import decode_table, param_table
 from grpo.scoring import Scorer
 from grpo.sharding import DECODE_RULES, param_shardings
-from grpo.structs import LENGTH, Completion
+from grpo.structs import LENGTH, Completion, Scores
 from rewards.api import Problem
 
 
@@ -42,6 +49,27 @@ def test_which_k_are_reported(G, ks):
     names = {name for name in report if not name.endswith(("_low", "_high"))}
     assert names == {"eval/problems", *(f"eval/pass_at_{k}" for k in ks)}
     assert all(report[f"eval/pass_at_{k}"] == 1.0 for k in ks)
+
+
+def test_each_reward_is_reported_over_what_could_be_judged():
+    scores = Scores(
+        reward_PG=np.zeros((2, 2), "f4"),  # not looked at
+        valid_PG=np.array([[1, 1], [1, 0]], bool),
+        components={
+            "right": np.array([[1, 0], [0.5, 1]], "f4"),
+            "form": np.array([[1, 1], [0.25, 1]], "f4"),
+        },
+        weights={"right": 1.0, "form": 0.1},
+        statuses={},
+    )
+    assert component_metrics(scores) == {
+        "eval/component/right": pytest.approx((1 + 0 + 0.5) / 3),
+        "eval/full/right": pytest.approx(1 / 3),
+        "eval/component/form": pytest.approx((1 + 1 + 0.25) / 3),
+        "eval/full/form": pytest.approx(2 / 3),
+    }
+    nothing = dataclasses.replace(scores, valid_PG=np.zeros((2, 2), bool))
+    assert set(component_metrics(nothing).values()) == {0.0}
 
 
 class FakeEngine:
@@ -106,18 +134,27 @@ def test_another_seed_and_other_weights_get_others(scorer):
 
 def test_the_majority_vote(scorer):
     evaluator = evaluator_with(scorer, answer_of=lambda text: text or None)
-    solved_PG = np.array([[0, 1, 0, 1], [1, 0, 0, 0]], bool)
-    texts = [b"7", b"1", b"7", b"2", b"1", b"3", b"4", b"5"]
-    #        wrong 7 wins over 1 and 2; then four answers tie, one of them right
+    texts = [b"7", b"1", b"7", b"2", b"1", b"3", b"4", b""]
     rollout: Any = SimpleNamespace(
-        completions=[SimpleNamespace(tokens=tuple(text)) for text in texts],
-        group_size=4,
-        problems=[None, None],
+        completions=[SimpleNamespace(tokens=tuple(text)) for text in texts], group_size=4
     )
-    assert evaluator._majority(rollout, solved_PG) == pytest.approx((0 + 1 / 4) / 2)
+    answers_PG = evaluator.answers_PG(rollout)
+    assert answers_PG == [["7", "1", "7", "2"], ["1", "3", "4", None]]
+    solved_PG = np.array([[0, 1, 0, 1], [1, 0, 0, 0]], bool)
+    # Wrong 7 wins over 1 and 2; then three answers tie, one of them right.
+    assert majority_values(answers_PG, solved_PG, 4) == [0.0, pytest.approx(1 / 3)]
+    assert majority_values(answers_PG, solved_PG, 1) == [0.5, 0.25]
     report = evaluator({"digits": 5}, 0)
-    assert 0 <= report["eval/maj_at_4"] <= 1
-    assert "eval/maj_at_4" not in evaluator_with(scorer)({"digits": 5}, 0)
+    low, high = report["eval/maj_at_4_low"], report["eval/maj_at_4_high"]
+    assert 0 <= low <= report["eval/maj_at_4"] <= high <= 1
+    plain = evaluator_with(scorer)({"digits": 5}, 0)
+    assert not any(name.startswith("eval/maj_at") for name in plain)
+
+
+def test_what_an_evaluation_reports(scorer):
+    report = evaluator_with(scorer)({"digits": 5}, 0)
+    assert report["eval/tokens"] == 5 * 4  # every completion is one digit
+    assert report["eval/full/small"] == report["eval/pass_at_1"] == report["eval/component/small"]
 
 
 def test_fewer_problems_than_asked_for_are_all_used(scorer):

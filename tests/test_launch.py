@@ -168,7 +168,7 @@ def test_a_mistyped_command_line(launch, arguments, message):
             "model.width (16) must be a multiple of model.num_heads (3)",
         ),
         (["--config.algo.problems_per_step=48"], "data.train has only 40 usable problems"),
-        (["--config.sft.rows_per_step=48"], "the cold start has only 40 worked problems"),
+        (["--config.sft.rows_per_step=48"], "there are only 40 worked problems"),
         (["--config.reward.gold_format={gold}!"], "config.reward.gold_format='{gold}!' (a right"),
         (
             ["--config.sft.num_steps=0", "--config.sft.learning_rate=1"],

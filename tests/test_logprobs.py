@@ -11,9 +11,14 @@ from toy_model import ARCH, toy_params
 
 from grpo.batch import RowShape, Sample, pack
 from grpo.model.decoder import head, hidden_states
-from grpo.model.logprobs import chunked_logprobs, completion_logprobs
+from grpo.model.logprobs import completion_logprobs, logprob_and_entropy, over_chunks
 
 R, C, D, V = 3, 7, 5, 11
+
+
+def chunked_logprobs(hidden_RCD, head_DV, targets_RC, **numbers):
+    one = [hidden_RCD], [head_DV], targets_RC
+    return over_chunks(logprob_and_entropy, *one, logit_caps=[None], **numbers)
 
 
 def naive_logprobs(hidden_RCD, head_DV, targets_RC, temperature):

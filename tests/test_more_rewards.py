@@ -11,16 +11,26 @@ from typing import Any
 import pytest
 
 from rewards.answers import numeric_answer
-from rewards.api import Batched, Component, Problem, Status, component_names, score_inline
+from rewards.api import (
+    Batched,
+    Component,
+    Problem,
+    Status,
+    component_names,
+    parts,
+    score_inline,
+)
+from rewards.by_task import ByTask, by_task
 from rewards.choice import choice_answer
 from rewards.formats import r1_format
 from rewards.gates import gated
 from rewards.json_schema import json_answer
-from rewards.language import LanguageShare
-from rewards.length import CosineLength, SoftOverlong
+from rewards.language import LanguageShare, language_consistency
+from rewards.length import CosineLength, LengthBetween, SoftOverlong
 from rewards.llm_judge import llm_judge
 from rewards.pool import RewardPool
 from rewards.repetition import Unrepeated
+from rewards.sequences import letters_answer, letters_share
 
 WAIT_S = 10.0
 
@@ -91,6 +101,29 @@ def test_an_unknown_language_is_refused():
         LanguageShare("tlh")
 
 
+@pytest.mark.parametrize(
+    ("text", "language", "share"),
+    [
+        ("<think>the sum is 9</think><answer>9</answer>", "en", 1),
+        ("<think>the sum is 9</think><answer>9</answer>", "zh", 0),
+        ("<think>the sum is 和</think>和和和和", "en", 3 / 4),  # what follows is not judged
+        ("the sum is 和</think>和和和和", "en", 3 / 4),  # a prompt may have opened the block
+        ("the sum is 和 和<answer>9</answer>", "en", 3 / 5),  # nor is there a way around it
+        ("<think></think>the sum is 9", "en", 0),
+        ("", "zh", 0),
+    ],
+)
+def test_language_consistency_is_of_the_chain_of_thought(text, language, share):
+    assert language_consistency(text, asked(language=language)) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("meta", [{}, {"language": None}, {"language": "tlh"}])
+def test_a_problem_that_names_no_language_is_the_data_sets_fault(meta):
+    (score,) = score_inline([(1.0, language_consistency)], "the sum", asked(**meta))
+    assert score.status == Status.BAD_REFERENCE and not score.valid
+    assert "must be one of ar, bn, de" in score.detail
+
+
 # ---- Repetition --------------------------------------------------------------------------------
 
 
@@ -135,6 +168,13 @@ def test_soft_overlong_is_dapos_equation_13_plus_one(tokens, reward):
         assert reward == pytest.approx(1 + ((100 - 20) - tokens) / 20)
 
 
+@pytest.mark.parametrize(("tokens", "passes"), [(2, 0), (3, 1), (7, 1), (8, 0)])
+def test_length_between_includes_both_ends(tokens, passes):
+    assert LengthBetween(3, 7)("x", asked(), length_tokens=tokens) == passes
+    with pytest.raises(ValueError, match="low <= high, got 7 and 3"):
+        LengthBetween(7, 3)
+
+
 @pytest.mark.parametrize("cache_tokens", [0, -1, 101])
 def test_an_impossible_slope_is_refused(cache_tokens):
     with pytest.raises(ValueError, match="cache_tokens must be in"):
@@ -166,6 +206,35 @@ def test_cosine_length(answer, tokens, reward):
 def test_a_wrong_answer_may_never_be_worth_more_than_a_right_one(wrong):
     with pytest.raises(ValueError, match="right value|lie in"):
         CosineLength(numeric_answer, 100, **wrong)
+
+
+# ---- Letters -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "share"),
+    [
+        ("tac", 1),
+        ("T-A-C", 1),
+        ("tar", 2 / 3),
+        ("ta", 2 / 3),
+        ("tacs", 3 / 4),
+        ("tactac", 1 / 2),
+        ("cat", 1 / 3),
+        ("ccc", 1 / 3),
+        ("", 0),
+        ("t" * 2_000, 0),
+    ],
+)
+def test_letters_in_their_places_are_paid(answer, share):
+    assert letters_share(boxed(answer), asked("tac")) == pytest.approx(share)
+    assert (share == 1) == (letters_answer(boxed(answer), asked("tac")) == 1)
+    assert letters_share(answer, asked("tac")) == 0  # no answer block
+
+
+def test_a_reference_without_letters_is_the_data_sets_fault():
+    (score,) = score_inline([(1.0, letters_share)], boxed(""), asked("-"))
+    assert score.status == Status.BAD_REFERENCE
 
 
 # ---- Choice and schema -------------------------------------------------------------------------
@@ -422,3 +491,57 @@ def test_a_judge_that_is_not_there_is_unavailable():
         url = f"http://127.0.0.1:{server.server_port}/v1"
     (score,) = score_inline([(1.0, llm_judge(url, "m"))], "good", asked())
     assert score.status == Status.UNAVAILABLE and not score.valid
+
+
+# ---- Rewards by task ---------------------------------------------------------------------------
+
+
+def test_each_task_is_judged_by_its_own_reward():
+    either = by_task({"sum": numeric_answer, "spell": letters_share})
+    assert component_names([(1.0, either)]) == ("ByTask",)
+    assert either(boxed("7"), asked(7, task="sum")) == 1
+    assert either(boxed("car"), asked("cat", task="spell")) == pytest.approx(2 / 3)
+    (score,) = score_inline([(1.0, either)], boxed("7"), asked(7, task="poem"))
+    assert score.status == Status.BAD_REFERENCE
+    assert "no reward for meta['task'] = 'poem'; there are rewards for spell, sum" in score.detail
+    assert score_inline([(1.0, either)], "", asked(7))[0].status == Status.BAD_REFERENCE
+
+
+def test_facts_and_preparations_reach_the_members():
+    either = by_task({"long": SoftOverlong(100, 20), "form": r1_format})
+    (score,) = score_inline([(1.0, either)], "", asked(task="long"), {"length_tokens": 90})
+    assert score.value == 0.5
+    assert list(parts(either)) == [either, SoftOverlong(100, 20), r1_format]
+    with RewardPool([(1.0, either)]) as pool:
+        futures = [pool.submit(boxed("1"), asked(task="form"), {})]
+        assert futures[0].result(WAIT_S)[0].value == 1.0
+
+
+def test_a_member_may_be_a_judge(model):
+    judge = llm_judge(model.url, "m", wait_s=0.05)
+    either = by_task({"sum": numeric_answer, "poem": judge})
+    with RewardPool([(1.0, either)]) as pool:
+        assert pool.names == ("ByTask",)
+        rows = [
+            (boxed("7"), asked(7, task="sum")),
+            ("fair", asked(task="poem")),
+            (boxed("7"), asked("seven", task="sum")),  # its own failure, nobody else's
+            ("good", asked(task="poem")),
+            ("good", asked(task="other")),
+        ]
+        scores = [future.result(WAIT_S)[0] for future in [pool.submit(*r) for r in rows]]
+    assert [score.value for score in scores] == [1.0, 0.4, 0.0, 1.0, 0.0]
+    assert [score.valid for score in scores] == [True, True, False, True, False]
+    assert len(model.requests) == 2
+
+
+def test_what_cannot_be_one_reward_is_refused():
+    def judge(completions: list[str], problems: list[Problem]) -> list[float]:
+        return [1.0 for _ in completions]
+
+    with pytest.raises(ValueError, match="at least one task"):
+        by_task({})
+    with pytest.raises(ValueError, match="plain rewards only"):
+        ByTask({"poem": Batched(judge)})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="must agree in size"):
+        by_task({"a": Batched(judge, size=2), "b": Batched(judge, size=3)})

@@ -55,6 +55,14 @@ def told_reward():
     return told
 
 
+def test_without_rewards_all_are_valid_and_none_is_right():
+    with scorer_of() as scorer:
+        scores = collected(scorer, [["7", "8", ""], ["7", "8", ""]])
+        assert scores.valid_PG.all() and scores.valid_PG.shape == (2, 3)
+        assert not scores.reward_PG.any() and not scorer.solved_PG(scores).any()
+        assert scores.components == {} and scorer.metrics(scores) == {}
+
+
 @pytest.fixture(scope="module")
 def scorer() -> Iterator[Scorer]:
     with scorer_of((1.0, told_reward()), (0.5, length_reward()), deadline_s=0.5) as scorer:

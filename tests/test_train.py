@@ -20,6 +20,7 @@ from grpo import build, diagnose
 from grpo.checkpoint import Checkpoints, _shapes, params_sha256
 from grpo.config import Config
 from grpo.evaluate import evaluate
+from grpo.forcing import BudgetSettings
 from grpo.gates import GateError
 from grpo.metrics import MetricLog
 from grpo.train import train
@@ -111,6 +112,38 @@ def test_evaluating_alone_gives_what_the_run_measured_last(straight):
     got = evaluate(tiny(), straight[0], baseline=tiny())
     assert {"step": 4} | {n: v for n, v in got.items() if n != "time/eval_s"} == last
     assert json.loads((straight[0] / "evaluation.json").read_text())["step"] == 4
+
+
+def test_budgets_are_measured_before_and_after(straight):
+    workdir, _ = straight
+    settings = BudgetSettings(
+        (4, 16), end_of_thought="e", force_answer="!?", answer_tokens=4, extensions=0
+    )
+    evaluate(tiny(), workdir, baseline=tiny(), settings=settings)
+    report = json.loads((workdir / "budget.json").read_text())
+    assert report["step"] == 4 and list(report["models"]) == ["before", "after"]
+    assert (workdir / "budget.png").stat().st_size > 0
+    metrics = rows(workdir / "metrics.jsonl")
+    for name, logged in (("before", metrics[0]), ("after", metrics[-1])):
+        curves = report["models"][name]
+        assert set(curves) == {"majority", "best_of", "forced"}
+        # The model before is that behind the cold start, which the run measured at step 0.
+        assert [point["setting"] for point in curves["best_of"]] == [1, 2, 4]
+        for point, k in zip(curves["best_of"], (1, 2, 4), strict=True):
+            assert point["accuracy"] == logged[f"eval/pass_at_{k}"]
+            assert point["tokens"] == pytest.approx(k * logged["eval/length_tokens_mean"])
+        assert curves["majority"][-1]["accuracy"] == logged["eval/maj_at_4"]
+        written = rows(workdir / "budget" / f"{name}.jsonl")
+        assert len(written) == 2 * 4 * 4
+        cut = [row for row in written if row["budget"] == 4 and "!?" in row["completion"]]
+        assert cut and all(row["length_tokens"] <= 4 + 2 + 4 for row in cut)
+    assert report["models"]["before"] != report["models"]["after"]
+
+
+def test_a_model_before_needs_one_after(tmp_path):
+    config, settings = tiny(sft__num_steps=0), BudgetSettings((4,), before=True)
+    with pytest.raises(ValueError, match="--before is set, but .* has no checkpoint"):
+        evaluate(config, tmp_path, baseline=config, settings=settings)
 
 
 def test_another_seed_is_another_run(straight, tmp_path):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from grpo.batch import TOKEN_VALUES, RowShape, Sample, pack
 from grpo.model.arch import Arch
 from grpo.model.decoder import to_decode
-from grpo.model.logprobs import completion_logprobs
+from grpo.model.logprobs import Outputs, completion_logprobs, outputs
 from grpo.model.params import Params, ParamSpec, map_table, param_table
 from grpo.policy import Policy
 from grpo.sharding import AXIS_TYPES, MESH_AXES, param_shardings
@@ -85,10 +85,13 @@ class ToyTokenizer:
 def policy_on(mesh: Mesh, arch: Arch = ARCH, *, chunk: int = 4) -> Policy:
     """The toy model on a mesh, in float32."""
     shardings = param_shardings(param_table(arch), mesh)
+    settings: Any = {"dtype": "float32", "remat": "none"}
 
     def logprobs(params: Params, base: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
-        settings: Any = {"temperature": 0.7, "dtype": "float32", "remat": "none", "chunk": chunk}
-        return completion_logprobs(params, arch, batch, **settings)
+        return completion_logprobs(params, arch, batch, temperature=0.7, chunk=chunk, **settings)
+
+    def of_rows(params: Params, base: Params, batch: Any) -> Outputs:
+        return outputs(params, arch, batch, **settings)
 
     return Policy(
         arch=arch,
@@ -99,6 +102,7 @@ def policy_on(mesh: Mesh, arch: Arch = ARCH, *, chunk: int = 4) -> Policy:
         initial_params=lambda: jax.device_put(toy_params(arch), shardings),
         to_decode=jax.jit(lambda params, base: to_decode(params, arch, "float32")),
         logprobs=logprobs,
+        outputs=of_rows,
     )
 
 

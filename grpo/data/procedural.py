@@ -12,7 +12,7 @@ import abc
 import dataclasses
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ class Draft:
       reference: what a reward compares with.
       gold: a right final answer.
       thought: a chain of thought that leads to it.
+      meta: what else the problem should carry.
     """
 
     key: tuple[Any, ...]
@@ -43,6 +44,7 @@ class Draft:
     reference: Any
     gold: str
     thought: str
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -79,7 +81,7 @@ class Procedural(PromptForm, abc.ABC):
             uid=f"{task}/{part}/{self.seed}/{i}",
             reference=draft.reference,
             gold=draft.gold,
-            meta={"task": task, "worked": r1_form(draft.thought, draft.gold)},
+            meta={"task": task, **draft.meta, "worked": r1_form(draft.thought, draft.gold)},
             **self.ask(draft.question),
         )
 
@@ -117,9 +119,9 @@ class Arithmetic(Procedural):
 
     def draw(self, rng: np.random.Generator) -> Draft:
         self._check()
-        numbers = _integers(rng, 10 ** (self.digits - 1), 10**self.digits - 1, self.terms)
+        numbers = integers(rng, 10 ** (self.digits - 1), 10**self.digits - 1, self.terms)
         operators = [
-            self.operators[i] for i in _integers(rng, 0, len(self.operators) - 1, self.terms - 1)
+            self.operators[i] for i in integers(rng, 0, len(self.operators) - 1, self.terms - 1)
         ]
         asked, steps, total = str(numbers[0]), [], numbers[0]
         for operator, number in zip(operators, numbers[1:], strict=True):
@@ -164,7 +166,7 @@ class Countdown(Procedural):
         if self.numbers < 2 or self.high < 2 or self.max_target < 1:
             raise ValueError(f"need numbers >= 2, high >= 2 and max_target >= 1: {self}")
         for _ in range(_MAX_DRAWS):
-            numbers = _integers(rng, 1, self.high, self.numbers)
+            numbers = integers(rng, 1, self.high, self.numbers)
             target, gold, steps = _combine(rng, numbers)
             if 1 <= target <= self.max_target and target not in numbers:
                 break
@@ -335,7 +337,7 @@ class DigitChain(Procedural):
         if not 2 <= self.min_terms <= self.max_terms or self.high < 1:
             raise ValueError(f"need 2 <= min_terms <= max_terms and high >= 1: {self}")
         terms = int(rng.integers(self.min_terms, self.max_terms + 1))
-        numbers = _integers(rng, 1, self.high, terms)
+        numbers = integers(rng, 1, self.high, terms)
         total, steps = numbers[0], []
         for number in numbers[1:]:
             steps.append(f"{total}+{number}={total + number}")
@@ -441,7 +443,7 @@ class OneLiners(Procedural):
         bodies = list(_ONE_LINERS)
         body = bodies[int(rng.integers(len(bodies)))]
         for _ in range(_MAX_DRAWS):
-            shown = [tuple(_integers(rng, 1, self.high, 2)) for _ in range(self.examples)]
+            shown = [tuple(integers(rng, 1, self.high, 2)) for _ in range(self.examples)]
             if all(not _fits(other, body, shown) for other in bodies if other != body):
                 break
         else:
@@ -507,12 +509,12 @@ def _slip(steps: list[tuple[str, ...]], rng: np.random.Generator) -> str:
     for k, (_, operator, number, _) in enumerate(steps):
         before, total = total, _apply(total, operator, int(number))
         if k == slip_at:
-            total = _wrong_last_digit(total, rng)
+            total = wrong_last_digit(total, rng)
         written.append(f"{before}{operator}{number}={total}")
     return r1_form(" ".join(written), str(total))
 
 
-def _wrong_last_digit(number: int, rng: np.random.Generator) -> int:
+def wrong_last_digit(number: int, rng: np.random.Generator) -> int:
     """`number` with another last digit. A negative one is counted down from its ten."""
     digit = number % 10
     return number - digit + (digit + int(rng.integers(1, 10))) % 10
@@ -549,7 +551,7 @@ def _combine(rng: np.random.Generator, numbers: list[int]) -> tuple[int, str, li
     return value, text[1:-1], steps
 
 
-def _integers(rng: np.random.Generator, low: int, high: int, count: int) -> list[int]:
+def integers(rng: np.random.Generator, low: int, high: int, count: int) -> list[int]:
     """`count` integers, low <= n <= high."""
     return [int(n) for n in rng.integers(low, high + 1, count)]
 

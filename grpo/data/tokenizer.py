@@ -241,6 +241,29 @@ def with_thinking(tokenizer: Tokenizer, on: bool) -> Tokenizer:
     return dataclasses.replace(tokenizer, template_variables=told)
 
 
+def difference(one: Tokenizer, other: Tokenizer) -> str | None:
+    """What stands in the way of reading the ids of `one` as those of `other`; None: nothing.
+
+    Special tokens, the stop tokens above all, must be the same; chat templates need not.
+    """
+    if type(one) is not type(other):
+        return f"a {type(one).__name__} against a {type(other).__name__}"
+    if one.vocab_size != other.vocab_size:
+        return f"{one.vocab_size} ids against {other.vocab_size}"
+    if set(one.eos_ids) != set(other.eos_ids):
+        return f"stop ids {sorted(one.eos_ids)} against {sorted(other.eos_ids)}"
+    if isinstance(one, HfTokenizer) and isinstance(other, HfTokenizer):
+        tokens, others = _token_of_id(one), _token_of_id(other)
+        for i in range(one.vocab_size):
+            if tokens.get(i) != others.get(i):
+                return f"id {i} is {tokens.get(i)!r} against {others.get(i)!r}"
+    return None
+
+
+def _token_of_id(tokenizer: HfTokenizer) -> dict[int, str]:
+    return {i: token for token, i in tokenizer.core.get_vocab(with_added_tokens=True).items()}
+
+
 def _bpe(
     split: Split, tokens: list[str], kinds: list[int], merges: list[str]
 ) -> "tokenizers.Tokenizer":

@@ -100,6 +100,15 @@ class Compiled:
     refused: str = ""
 
 
+def use_no_device(topology: Topology, *, stand_ins: bool) -> None:
+    """Whatever is in this machine stays free, unless the plan is for it."""
+    if topology.platform == "local":
+        return
+    jax.config.update("jax_platforms", "cpu")
+    if stand_ins:
+        jax.config.update("jax_num_cpu_devices", topology.num_devices)
+
+
 def stand_ins(topology: Topology) -> Sequence[Any]:
     """Devices of this machine in place of those of a topology, to lay a run out on.
 

@@ -1,4 +1,4 @@
-"""Cold start: supervised fine-tuning on worked completions, before reinforcement learning.
+"""Supervised fine-tuning on worked completions: the cold start of a run, or all of one.
 
 Same state, same update, same data order and checkpoints as the main loop; only the objective
 differs, and only completion tokens count.
@@ -67,17 +67,31 @@ def worked_samples(
 
 
 class SftStage:
-    """The cold start of one run; made before anything runs, so that every setting is read."""
+    """Supervised fine-tuning; made before anything runs, so that every setting is read.
 
-    def __init__(self, config: Config, policy: Policy, source: ProblemSource, folder: Workdir):
-        """What the stage leaves is in "sft" of the run's folder."""
+    Args:
+      config: its `sft`, and what a run of any kind reads.
+      policy: what learns.
+      source: worked problems.
+      folder: of the run.
+      name: of the folder in it where checkpoints and metrics go; "": the run is nothing else.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        source: ProblemSource,
+        folder: Workdir,
+        name: str = "sft",
+    ):
         sft, optim = config.sft, config.optim
         if len(source) < sft.rows_per_step:
             raise ValueError(
-                f"sft.rows_per_step is {sft.rows_per_step}, but the cold start has only "
-                f"{len(source)} worked problems"
+                f"sft.rows_per_step is {sft.rows_per_step}, but there are only {len(source)} "
+                "worked problems to learn from"
             )
-        self.policy, self.source, self.folder = policy, source, folder
+        self.policy, self.source, self.folder, self.name = policy, source, folder, name
         self.num_steps, self.rows, self.seed = sft.num_steps, sft.rows_per_step, config.seed
         self.max_prompt = config.data.max_prompt_tokens
         self.max_new = config.sample.max_new_tokens
@@ -97,8 +111,8 @@ class SftStage:
         self.offload = Offload(moments=optim.offload)
         self.update = Update(policy, sft_loss, self.optimizer, schedule, offload=self.offload)
 
-    def run(self, params: Params, stop: StopSignal, watchdog: Watchdog) -> Params:
-        """The parameters after the stage; goes on from its own checkpoint if there is one.
+    def run(self, params: Params, stop: StopSignal, watchdog: Watchdog) -> TrainState:
+        """The state after the stage; goes on from its own checkpoint if there is one.
 
         Raises:
           FloatingPointError: too many updates in a row were not finite.
@@ -107,24 +121,24 @@ class SftStage:
             form: dict[str, Any] = {"offload": self.offload}
             state = init_state(self.policy, params, self.optimizer, **form)
             checkpoints = stack.enter_context(
-                Checkpoints(self.folder.saves / "sft" / "checkpoints", self.keep)
+                Checkpoints(self.folder.saves / self.name / "checkpoints", self.keep)
             )
             like = abstract_state(self.policy, self.optimizer, **form)
             state = checkpoints.restore(like) or state
             done = int(state.step)
             if done < self.num_steps:
-                hosts.say(f"cold start: {self.num_steps} supervised steps of {self.rows} rows")
-            log = stack.enter_context(MetricLog(self.folder.path / "sft", resume_step=done))
+                hosts.say(f"{self.num_steps} supervised steps of {self.rows} rows")
+            log = stack.enter_context(MetricLog(self.folder.path / self.name, resume_step=done))
             table = ConsoleTable(SFT_COLUMNS, self.num_steps)
             for step in range(done, self.num_steps):
-                watchdog.phase(f"cold start, step {step}")
+                watchdog.phase(f"supervised step {step}")
                 state, metrics = self._step(state, step)
                 log.log(step, metrics)
                 if step % _SHOW_EVERY == 0 or step + 1 == self.num_steps:
                     table.row(step, metrics)
                 if int(state.bad_updates) >= self.max_bad_updates:
                     raise FloatingPointError(
-                        f"cold start, step {step}: {int(state.bad_updates)} updates in a row were "
+                        f"supervised step {step}: {int(state.bad_updates)} updates in a row were "
                         "not finite and were skipped (gates.max_bad_updates)"
                     )
                 stopping = stop.requested()
@@ -136,7 +150,7 @@ class SftStage:
                     stop.leave(step + 1)
             self.folder.push()
             checkpoints.save(state)
-        return state.params
+        return state
 
     def _step(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
         started = time.monotonic()

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from grpo import fetch
 from grpo.config import ModelConfig
-from grpo.data.tokenizer import ByteTokenizer
 from grpo.model.arch import Arch
 from grpo.model.families import arch_from_hf
 from grpo.model.weights import read_arch
-from grpo.source import new_arch
+from grpo.source import new_arch, new_tokenizer
 
 
 def known() -> dict[str, Path]:
@@ -33,7 +32,7 @@ def find_arch(model: ModelConfig, shape: str = "") -> Arch:
     if shape:
         return arch_from_hf(json.loads(Path(shape).read_text()))
     if not model.source:
-        return new_arch(model, ByteTokenizer().vocab_size)
+        return new_arch(model, new_tokenizer(model).vocab_size)
     names = {name.lower(): path for name, path in known().items()}
     wanted = Path(model.source).name.lower()
     if not Path(model.source).exists() and wanted in names:

@@ -1,0 +1,93 @@
+"""A chain of stages as one command, such as the one that made DeepSeek-R1.
+
+    python -m grpo.pipeline --config=experiments/r1_tiny.py --workdir=DIR
+
+A pipeline is a Python file whose `get_pipeline()` returns a `Pipeline`: a list of stages, each a
+function that also runs alone (`grpo.train`, `grpo.stages`), a configuration, and which of its
+fields are filled in with what earlier stages made. Every stage has its folder, DIR/NAME.
+DIR/manifest.json says what each was made from; a finished stage is not run again unless it, or
+something it depends on, has changed. The same command goes on where it was stopped, inside a stage
+from its checkpoints. After each stage that makes a model, it is measured on the same held-out
+problems: DIR/scores.md and DIR/scores.png.
+
+  --dry_run          says what would run, why, and what it costs; runs nothing
+  --topology=v5e:8x8 with it: the hours it would take there
+  --stages=a,b       only these; what they depend on must be there
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import flags
+
+from grpo import command
+from grpo.host_memory import return_large_blocks
+from grpo.launch import EXPECTED, define_processes, load
+from grpo.model.arch import Arch
+from grpo.pipeline.chain import Pipeline, check_pipeline
+from grpo.pipeline.costs import expected_cost
+from grpo.pipeline.manifest import Manifest, Output
+from grpo.pipeline.run import look, run_pipeline
+from grpo.planning.chips import Topology, parse_topology
+from grpo.planning.lower import use_no_device
+from grpo.planning.shapes import find_arch
+
+
+def plan_lines(
+    pipeline: Pipeline, workdir: Path, topology: Topology | None = None
+) -> Iterator[str]:
+    """What `run_pipeline` would do, a few lines a stage, with the hours it takes `topology`."""
+    check_pipeline(pipeline)
+    manifest, made = Manifest(workdir / "manifest.json"), dict[str, Output]()
+    archs: dict[str, Arch] = {}
+    for number, stage in enumerate(pipeline.stages, start=1):
+        state = look(stage, workdir, manifest, made)
+        if state.finished is not None:
+            made[stage.name] = state.finished
+        todo = "finished" if state.finished else f"runs: {state.why}"
+        yield f"{number:2d}. {stage.name}: {todo}"
+        if stage.about:
+            yield f"      {stage.about}"
+        for path, source in sorted(stage.inputs.items()):
+            yield f"      {path} from {source}"
+        source = stage.inputs.get("model.source", "")
+        archs[stage.name] = arch = archs[source] if source else find_arch(stage.config.model)
+        yield f"      {expected_cost(stage.run, stage.config, arch, topology)}"
+        if "seconds" in (entry := manifest.entry(stage.name)):
+            yield f"      took {entry['seconds']:,.0f} s when it last ran"
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    path = flags.DEFINE_string("config", None, "file with get_pipeline()", required=True)
+    workdir = flags.DEFINE_string("workdir", None, "folder of the pipeline", required=True)
+    stages = flags.DEFINE_list("stages", [], "only these, by name")
+    dry_run = flags.DEFINE_bool("dry_run", False, "say what would run, and run nothing")
+
+    topology = flags.DEFINE_string(
+        "topology", "", "with --dry_run: the machine whose hours are wanted, as grpo.plan knows it"
+    )
+    joined = define_processes()
+
+    def start() -> None:
+        try:
+            pipeline = load(path.value, "get_pipeline", Pipeline)()
+        except ValueError as error:
+            raise ValueError(f"--config={path.value}: {error}") from error
+        if dry_run.value:
+            machine = parse_topology(topology.value) if topology.value else None
+            if machine is not None:
+                use_no_device(machine, stand_ins=True)
+            for line in plan_lines(pipeline, Path(workdir.value), machine):
+                print(line, flush=True)
+            return
+        return_large_blocks()
+        with joined():
+            run_pipeline(pipeline, workdir.value, stages.value)
+
+    usage = "usage: python -m grpo.pipeline --config=FILE --workdir=DIR [--stages=A,B] [--dry_run]"
+    command.run(start, usage=usage, expected=EXPECTED)
+
+
+if __name__ == "__main__":
+    main()
