@@ -134,6 +134,7 @@ def engine(
     shared: int = 1,
     tail: int = 0,
     drafts: int = 0,
+    goes_on: bool = False,
 ):
     """An engine, compiled once for all tests that want it; `shared` slots have a prompt."""
     with jax.set_mesh(mesh(devices)):
@@ -150,6 +151,7 @@ def engine(
             stop_strings=stops,
             tail_slots=tail,
             draft_tokens=drafts,
+            goes_on=goes_on,
         )
 
 
@@ -553,9 +555,9 @@ def rest(which: Engine, requests: Sequence[Request], **settings: Any) -> Samples
 def test_what_was_begun_goes_on_as_if_it_had_never_stopped(
     base, slots, dispatch, devices, shared, tail, drafts, monkeypatch
 ):
-    """Reading three tokens at a time, so that most samples need several chunks."""
+    """Reading three to five tokens at a time, so that most samples need several chunks."""
     monkeypatch.setattr(engine_module, "_REPLAY_TOKENS", 3 * slots)
-    which = engine.__wrapped__(slots, dispatch, devices, (), shared, tail, drafts)
+    which = engine.__wrapped__(slots, dispatch, devices, (), shared, tail, drafts, True)
     requests = split(base)
     done = {(r.stream, number) for r in requests for number in r.done}
     assert len(done) >= 2 and sum(len(r.begun) for r in requests) >= 10

@@ -257,7 +257,7 @@ def test_decode_form_gives_the_logits_of_the_train_form(arch):
     weights = to_decode(params, arch, "float32")
     prompts_BQ = np.where(np.arange(Q) < prompt_len_B[:, None], TOKENS_RT[:, :Q], 13)
     prompts = prefill(weights, arch, jnp.asarray(prompts_BQ))
-    step = jax.jit(decode_step, static_argnums=1)
+    step = jax.jit(decode_step, static_argnums=(1, 7))
     for width in (1, 2):
         # Ones, not zeros: the part of the cache that is not written yet must not matter.
         cache = jax.tree.map(jnp.ones_like, empty_cache(arch, 3, 4, "float32"))
@@ -266,7 +266,7 @@ def test_decode_form_gives_the_logits_of_the_train_form(arch):
             at_BT = (prompt_len_B - 1 + written)[:, None] + np.arange(width)
             tokens_BT = np.take_along_axis(TOKENS_RT, at_BT, axis=1)
             logits_BTV, cache = step(
-                weights, arch, prompts, prompt_len_B - 1, cache, tokens_BT, np.full(3, written)
+                weights, arch, prompts, prompt_len_B - 1, cache, tokens_BT, np.full(3, written), 4
             )
             close(logits_BTV, np.take_along_axis(expected, at_BT[..., None], axis=1))
 
@@ -462,9 +462,8 @@ def test_real_models_give_the_reference_implementations_values(file, golden):
         cache = empty_cache(arch, len(cases), 1, "float32")
         nothing_B = jnp.zeros(len(cases), jnp.int32)
         prompts, length_B = prefill(weights, arch, prompts_BQ), jnp.asarray(prompt_len_B - 1)
-        return decode_step(weights, arch, prompts, length_B, cache, last_B[:, None], nothing_B)[0][
-            :, 0
-        ]
+        fed = last_B[:, None], nothing_B, 1
+        return decode_step(weights, arch, prompts, length_B, cache, *fed)[0][:, 0]
 
     for case, logits_V in zip(cases, next_logits(weights, jnp.asarray(prompts_BQ)), strict=True):
         top = np.asarray(logits_V)[case["top_ids"]]

@@ -27,7 +27,7 @@ from grpo.planning.formulas import Split, Work
 from grpo.planning.hlo import collectives
 from grpo.planning.lower import Compiled, _extrapolated, _used_bytes, compile_one, device_bytes
 from grpo.planning.make import Options, as_json, make_plan
-from grpo.planning.predict import Assumptions, mean_places, microbatches
+from grpo.planning.predict import Assumptions, microbatches, view_shares
 from grpo.planning.shapes import find_arch, known
 from grpo.structs import Program
 
@@ -112,6 +112,28 @@ def test_a_mesh_divides_the_work():
     assert one.cache_bytes == pytest.approx(8 * eight.cache_bytes)
     assert one.weight_bytes == pytest.approx(2 * eight.weight_bytes)  # each data part has them
     assert formulas.optimizer(16, Split(4, 2, fsdp=2)).hbm_bytes == 16 / 4 * 28
+
+
+def test_a_sliding_layer_is_looked_at_as_far_as_it_sees():
+    """Layer by layer: two of three see four tokens, and have a slot more for a guess."""
+    kinds = ("sliding", "global", "sliding")
+    arch = dataclasses.replace(TINY, layer_types=kinds, window=4)
+    N, K, H = TINY.num_heads, TINY.num_kv_heads, TINY.head_width
+    for own, prompt in [(3, 2), (9, 2), (9, 7)]:
+        cached, attention = 0, 0
+        for kind in kinds:
+            of_own, of_prompt = (
+                (min(own, 5), min(prompt, 4)) if kind == "sliding" else (own, prompt)
+            )
+            cached += 2 * K * H * 2 * (8 * of_own + 2 * of_prompt)
+            attention += 8 * N * (of_own + of_prompt) * 2 * 2 * H
+        looked: dict[str, int] = {"rows": 8, "prompts": 2, "own": own, "prompt": prompt}
+        got = formulas.decode(arch, ONE, **looked, width=2, at_once=2)
+        assert got.cache_bytes == cached
+        everything = formulas.decode(TINY, ONE, **looked, width=2)
+        more = 8 * 3 * N * (own + prompt) * 2 * 2 * H - attention
+        assert everything.flops - got.flops == pytest.approx(more)
+    assert formulas.mean([(Work(4, 2, 0), 0.75), (Work(8, 0, 4), 0.25)]) == Work(5, 1.5, 1)
 
 
 def test_activations_grow_with_what_remat_keeps():
@@ -348,9 +370,10 @@ def test_what_a_step_repeats():
     shorter = Assumptions(mean_prompt=200, mean_tokens=1000)  # two share a row and their prompt
     assert microbatches(parts, shorter) == 32  # type: ignore[arg-type]
     views = (64, 128, 256, 512, 1024, 2048)
-    ahead = sum(next(v for v in views if v > t) for t in range(2048)) / 2048
-    assert mean_places(parts, 512) == ahead  # type: ignore[arg-type]
-    assert mean_places(parts, 1024) == 2048  # type: ignore[arg-type]
+    ahead = [next(v for v in views if v > t) for t in range(2048)]
+    shares = {view: ahead.count(view) / 2048 for view in views}
+    assert view_shares(parts, 512) == shares  # type: ignore[arg-type]
+    assert view_shares(parts, 1024) == {2048: 1.0}  # type: ignore[arg-type]
 
 
 def test_a_model_without_a_shape_is_refused():

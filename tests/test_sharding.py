@@ -313,7 +313,7 @@ def test_decoding_never_gathers_the_vocabulary():
             max_new=8,
             num_tokens=4,
             stop_ids=(0,),
-            replayed=4,
+            at_once=4,
             dtype="float32",
         )
         lowered = programs.decode.lower(

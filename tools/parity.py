@@ -96,12 +96,12 @@ def _decode_logits(
     n, B, T = fed_nBT.shape
     prompts = prefill(weights, arch, prompts_BQ)
     # Ones, not zeros: the part of the cache that is not written yet must not matter.
-    cache = jax.tree.map(jnp.ones_like, empty_cache(arch, B, n * T, "float32"))
+    cache = jax.tree.map(jnp.ones_like, empty_cache(arch, B, n * T, "float32", at_once=T))
 
     def step(cache: Any, xs: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
         written_B = jnp.full(B, xs[0] * T)
         logits_BTV, cache = decode_step(
-            weights, arch, prompts, prompt_len_B, cache, xs[1], written_B
+            weights, arch, prompts, prompt_len_B, cache, xs[1], written_B, n * T
         )
         return cache, logits_BTV
 

@@ -190,7 +190,7 @@ class Engine:
         themselves in a smaller state; 0: never.
       draft_tokens: guessed ahead there, from what the text repeats; fewer than a dispatch has.
       goes_on: requests may hold completions begun in an earlier rollout; `compile` then makes the
-        program that reads them.
+        program that reads them, many tokens at a time. Without, it is as slow as sampling them.
     """
 
     def __init__(
@@ -247,6 +247,8 @@ class Engine:
         few = max(self.num_prompts // _REFILL_SHARE, math.ceil(_BUSY_TOKENS / max_prompt))
         self._prefill_rows = min(self.num_prompts, few)
         self._prompt_lengths, self._views = buckets(max_prompt), buckets(max_new)
+        replayed = max(tokens_per_dispatch, _REPLAY_TOKENS // slots) if goes_on else 1
+        self.at_once = min(max_new, max(1 + draft_tokens, replayed))
         self.stats = EngineStats()
         self.unfinished: dict[tuple[int, int], Begun] = {}
         self._heard: Callable[[int, int, Sequence[int]], None] | None = None
@@ -260,7 +262,7 @@ class Engine:
             max_new=max_new,
             num_tokens=tokens_per_dispatch,
             stop_ids=tuple(tokenizer.eos_ids),
-            replayed=min(max_new, max(tokens_per_dispatch, _REPLAY_TOKENS // slots)),
+            at_once=self.at_once,
             dtype=dtype,
         )
 

@@ -31,10 +31,10 @@ class Slots(struct.PyTreeNode):
     The last token of a prompt is no part of its cache: it is the first each slot feeds itself.
     """
 
-    prompts: list[Cache]  # [P, K, Q, H] a layer, each prompt stored once for its G slots
+    prompts: list[Cache]  # [P, K, S, H] a layer, S <= Q: each prompt's last S tokens, once for all
     prompt_len_P: jax.Array  # tokens in the prompt's cache
     prompt_PQ: jax.Array  # the tokens themselves, -1 behind the last
-    cache: list[Cache]  # [B, K, C, H] a layer: what each slot has fed itself
+    cache: list[Cache]  # [B, K, S, H] a layer: what each slot has fed itself; S <= C
     token_B: jax.Array  # the last token, whose successor is sampled next
     written_B: jax.Array  # tokens sampled so far, which is where `token_B` goes in the cache
     history_BC: jax.Array  # what each slot has sampled, -1 behind the last
@@ -66,7 +66,8 @@ class Programs:
       max_new: longest completion, tokens.
       num_tokens: sampled a dispatch, at most.
       stop_ids: tokens that end a completion.
-      replayed: tokens a slot is fed at a time when it goes on with a completion already begun.
+      at_once: tokens a slot is fed at a time, at most: guesses and the token before them, or those
+        of a completion already begun.
       dtype: of the cache; "int8" quantises it.
     """
 
@@ -81,7 +82,7 @@ class Programs:
         max_new: int,
         num_tokens: int,
         stop_ids: tuple[int, ...],
-        replayed: int,
+        at_once: int,
         dtype: str,
     ):
         make = partial(
@@ -91,6 +92,7 @@ class Programs:
             slots=num_prompts * slots_per_prompt,
             max_prompt=max_prompt,
             max_new=max_new,
+            at_once=at_once,
             dtype=dtype,
         )
         # Said outright: a layout left to the compiler differs between two programs that hand the
@@ -107,7 +109,7 @@ class Programs:
         self.empty = program(make, layout)
         self.admit = program(partial(_admit, arch=arch), layout, **updates)
         self.start = program(_start, layout, **updates)
-        self.replay = program(partial(_replay, arch=arch, chunk=replayed), layout, **updates)
+        self.replay = program(partial(_replay, arch=arch, chunk=at_once), layout, **updates)
         reported = (everywhere,) * 3 + ((everywhere,) if arch.experts else (None,))
         self.decode = program(
             partial(_decode, arch=arch, num_tokens=num_tokens, max_new=max_new, stop_ids=stop_ids),
@@ -148,7 +150,14 @@ def abstract(like: Any, shardings: Any) -> Any:
 
 
 def _empty(
-    *, arch: Arch, num_prompts: int, slots: int, max_prompt: int, max_new: int, dtype: str
+    *,
+    arch: Arch,
+    num_prompts: int,
+    slots: int,
+    max_prompt: int,
+    max_new: int,
+    at_once: int,
+    dtype: str,
 ) -> Slots:
     def zeros(rows: int, dtype: Any) -> jax.Array:
         return shard(jnp.zeros(rows, dtype), "batch")
@@ -157,7 +166,7 @@ def _empty(
         prompts=empty_cache(arch, num_prompts, max_prompt, dtype),
         prompt_len_P=zeros(num_prompts, jnp.int32),
         prompt_PQ=shard(jnp.full((num_prompts, max_prompt), -1, jnp.int32), "batch", None),
-        cache=empty_cache(arch, slots, max_new, dtype),
+        cache=empty_cache(arch, slots, max_new, dtype, at_once=at_once),
         token_B=zeros(slots, jnp.int32),
         written_B=zeros(slots, jnp.int32),
         history_BC=shard(jnp.full((slots, max_new), -1, jnp.int32), "batch", None),
@@ -194,12 +203,19 @@ def _admit(
     """
     width = tokens_RQ.shape[1]
 
+    def last(new_RKQH: jax.Array, kept: int) -> jax.Array:
+        """The last `kept` tokens of each prompt; the first of the array, where it has fewer."""
+        if kept == width:
+            return new_RKQH
+        cut = partial(jax.lax.dynamic_slice_in_dim, slice_size=kept, axis=1)
+        return jax.vmap(cut)(new_RKQH, jnp.maximum(prompt_len_R - kept, 0))
+
+    def put_array(a_PKQH: jax.Array, new_RKQH: jax.Array) -> jax.Array:
+        kept = min(a_PKQH.shape[2], width)
+        return a_PKQH.at[prompt_R, :, :kept].set(last(new_RKQH, kept), mode="drop")
+
     def put(cache_PKQH: Stored, new_RKQH: Any) -> Stored:
-        return jax.tree.map(
-            lambda a, new: a.at[prompt_R, :, :width].set(new, mode="drop"),
-            cache_PKQH,
-            stored_like(cache_PKQH, new_RKQH),
-        )
+        return jax.tree.map(put_array, cache_PKQH, stored_like(cache_PKQH, new_RKQH))
 
     known_RQ = jnp.arange(slots.prompt_PQ.shape[1]) <= prompt_len_R[:, None]
     padded_RQ = jnp.pad(tokens_RQ, ((0, 0), (0, known_RQ.shape[1] - width)))
@@ -264,7 +280,7 @@ def _replay(
         fed_BT = jax.lax.dynamic_slice_in_dim(fed_BC, fed, chunk, axis=1)
         place_B = jnp.where(fed < begun_B, fed, C)  # C is nowhere
         _, cache = decode_step(
-            weights, arch, slots.prompts, slots.prompt_len_P, cache, fed_BT, place_B
+            weights, arch, slots.prompts, slots.prompt_len_P, cache, fed_BT, place_B, C
         )
         return fed + chunk, cache
 
@@ -296,8 +312,8 @@ def _decode(
 ) -> tuple[Slots, jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Up to `num_tokens` tokens for every active slot; ends early once `stop_at` slots are idle.
 
-    Attention looks at the first `view` places of each slot's cache, so that its cost follows what
-    is written, not what might be; no active slot may write beyond them.
+    Attention looks at the first `view` slots of each cache, all of one that is no longer, so that
+    its cost follows what is written, not what might be; no active slot may write beyond them.
 
     With `drafts`, each pass also feeds so many tokens that may follow, and keeps those that would
     have been sampled: every position has its own random number, so what is sampled is the same
@@ -318,9 +334,8 @@ def _decode(
     def body(carry: _Carry) -> _Carry:
         s, tokens_NB, logprobs_NB, passes = carry
         fed_BT = jnp.concatenate([s.token_B[:, None], _guess(s, drafts)], axis=1)
-        logits_BTV, cache = decode_step(
-            weights, arch, s.prompts, s.prompt_len_P, s.cache, jnp.maximum(fed_BT, 0), s.written_B
-        )
+        fed = jnp.maximum(fed_BT, 0), s.written_B, view
+        logits_BTV, cache = decode_step(weights, arch, s.prompts, s.prompt_len_P, s.cache, *fed)
         place_BT = s.written_B[:, None] + ahead_T
         uniform_BT = jax.vmap(jax.vmap(draw, (None, 0)))(s.key_B2, place_BT)
         token_BT, logprob_BT = jax.tree.map(
@@ -367,10 +382,11 @@ def _decode(
     routes_BNLk = None
     if arch.experts:
         routes_BNLk = routes(arch, slots.cache, rows_B1, before_B[:, None] + jnp.arange(N))
-    if view < max_new:
-        slots = slots.replace(
-            cache=jax.tree.map(lambda a, new: a.at[:, :, :view].set(new), whole, slots.cache)
-        )
+
+    def put_back(a: jax.Array, new: jax.Array) -> jax.Array:
+        return a.at[:, :, :view].set(new) if view < a.shape[2] else new
+
+    slots = slots.replace(cache=jax.tree.map(put_back, whole, slots.cache))
     return slots, tokens_NB, logprobs_NB, passes, routes_BNLk
 
 
@@ -380,7 +396,7 @@ def _routes(slots: Slots, row_R: jax.Array, *, arch: Arch, what: str) -> jax.Arr
     `what` is "prompts" or, for slots that went on with what they had begun, "cache".
     """
     cache = getattr(slots, what)
-    place_1S = jnp.arange(cache[-1][0].shape[2])[None]
+    place_1S = jnp.arange(cache[-1][-1].shape[2])[None]
     return routes(arch, cache, row_R[:, None], place_1S)
 
 

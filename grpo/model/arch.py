@@ -182,6 +182,17 @@ class Arch:
         """Of the rotated part of a query or key."""
         return self.latent.rope_width if self.latent else self.head_width
 
+    def cache_lengths(self, length: int, at_once: int = 1) -> tuple[int, ...]:
+        """How many tokens each layer caches of sequences of `length`: all that are seen again.
+
+        In a sliding layer those are the last `window`. Where several tokens are fed `at_once`, the
+        first of them must still find its window when the last has taken the place of another.
+        """
+        if self.window is None:
+            return (length,) * self.num_layers
+        sliding = min(length, self.window + at_once - 1)
+        return tuple(sliding if kind == "sliding" else length for kind in self.layer_types)
+
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

@@ -346,21 +346,22 @@ def _shard_kv(x_BKSH: jax.Array) -> jax.Array:
     return shard(x_BKSH, "batch", "kv_heads", None, None, rules=DECODE_RULES)
 
 
-def empty_cache(arch: Arch, rows: int, length: int, dtype: str) -> list[Cache]:
+def empty_cache(arch: Arch, rows: int, length: int, dtype: str, *, at_once: int = 1) -> list[Cache]:
     """What each layer caches of `length` tokens of `rows` sequences, of nothing yet.
 
-    Keys and values, [rows, K, length, H] each; of latent attention one array [rows, 1, length, R].
+    Keys and values, [rows, K, S, H] each; of latent attention one array [rows, 1, S, R]. S is
+    `length`, in a sliding layer no more than `Arch.cache_lengths` says of tokens fed `at_once`.
     Heads come before positions, as the matrix products of decoding want them: the other order
     makes XLA on a CPU turn the whole cache around at every token. A `dtype` of "int8" keeps a
     scale for each head of each token besides. In layers with experts there is one array more:
     which of them each token went to, int16 [rows, 1, length, k], which nobody attends to but the
     trainer has to know.
     """
-    shape = (rows, arch.num_kv_heads, length, arch.head_width)
-    if arch.latent:
-        shape = (rows, 1, length, arch.latent.cached_width)
 
-    def nothing() -> Stored:
+    def nothing(S: int) -> Stored:
+        shape = (rows, arch.num_kv_heads, S, arch.head_width)
+        if arch.latent:
+            shape = (rows, 1, S, arch.latent.cached_width)
         if dtype != "int8":
             return _shard_kv(jnp.zeros(shape, dtype))
         return Quantised(
@@ -368,14 +369,14 @@ def empty_cache(arch: Arch, rows: int, length: int, dtype: str) -> list[Cache]:
             scales=_shard_kv(jnp.zeros((*shape[:-1], 1), jnp.bfloat16)),
         )
 
-    def layer(number: int) -> Cache:
-        made: Cache = (nothing(),) if arch.latent else (nothing(), nothing())
+    def layer(number: int, S: int) -> Cache:
+        made: Cache = (nothing(S),) if arch.latent else (nothing(S), nothing(S))
         if arch.experts is None or number < arch.first_dense:
             return made
         chosen = jnp.zeros((rows, 1, length, arch.experts.per_token), jnp.int16)
         return (*made, shard(chosen, "batch", None, None, None, rules=DECODE_RULES))
 
-    return [layer(number) for number in range(arch.num_layers)]
+    return [layer(number, S) for number, S in enumerate(arch.cache_lengths(length, at_once))]
 
 
 def in_int8(x_BKSH: jax.Array) -> Quantised:
@@ -438,8 +439,12 @@ def decode_step(
     cache: Sequence[Cache],
     tokens_BT: jax.Array,
     written_B: jax.Array,
+    room: int,
 ) -> tuple[jax.Array, list[Cache]]:
     """Logits [B, T, V] of what follows each token, and the cache with their keys and values.
+
+    A layer's cache is a ring: the token at place p behind the prompt goes into slot p modulo its
+    length. Of a prompt that is longer than its cache, the cache holds the last tokens.
 
     Args:
       weights: the decode form.
@@ -449,16 +454,27 @@ def decode_step(
       cache: that of B sequences, of what stands behind the prompts.
       tokens_BT: the next tokens of each sequence, usually one.
       written_B: tokens already in each row of the cache; these go behind them.
+      room: places that there are; tokens at `room` and beyond are not kept.
+
+    Raises:
+      ValueError: a layer's cache is too short for so many tokens at a time.
     """
     B, T = tokens_BT.shape
-    length = jax.tree.leaves(cache[0])[0].shape[2]
-    slot_BT = written_B[:, None] + jnp.arange(T)
-    written_BTS = jnp.arange(length) <= slot_BT[..., None]
-    prompt_len_B1 = jnp.repeat(prompt_len_P, B // len(prompt_len_P))[:, None]
-    position_BT = prompt_len_B1 + slot_BT
+    for number, needed in enumerate(arch.cache_lengths(room, T)):
+        if (found := jax.tree.leaves(cache[number])[0].shape[2]) < needed:
+            raise ValueError(
+                f"layer {number} caches {found} tokens, but {T} at a time of {room} need {needed}: "
+                f"make the cache with at_once={T}"
+            )
+    place_BT = written_B[:, None] + jnp.arange(T)
+    last_B1 = jnp.minimum(place_BT[:, -1:], room - 1)
+    G = B // len(prompt_len_P)
+    position_BT = jnp.repeat(prompt_len_P, G)[:, None] + place_BT
     rows_B1 = jnp.arange(B)[:, None]
 
     def put(cache_BKSH: Stored, new_BTKH: jax.Array) -> Stored:
+        S = jax.tree.leaves(cache_BKSH)[0].shape[2]
+        slot_BT = jnp.where(place_BT < room, place_BT % S, S + place_BT)  # from S on is nowhere
         # Indices around a slice put its axis last: [B, T, K, H], as the new ones are.
         return jax.tree.map(
             lambda a, new: a.at[rows_B1, :, slot_BT].set(new, mode="drop", unique_indices=True),
@@ -466,19 +482,31 @@ def decode_step(
             stored_like(cache_BKSH, new_BTKH),
         )
 
+    def visible(S: int, window: int | None) -> jax.Array:
+        """[B, T, S]: which slots of a ring each new token sees, by the places that they hold.
+
+        A slot holds the last place that belongs there and is written. Where a guess was wrong, it
+        may hold one ahead, and is taken for the place a round before that: which no token from
+        here on sees, since a ring has a slot more than the window for each token that was guessed.
+        """
+        place_BS = last_B1 - (last_B1 - jnp.arange(S)) % S
+        there_BS, behind_BTS = place_BS >= 0, place_BS[:, None] <= place_BT[..., None]
+        seen_BTS = there_BS[:, None] & behind_BTS
+        return seen_BTS if window is None else seen_BTS & within(window, place_BT, place_BS)
+
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, *, prompt: Cache, own: Cache, window: int | None
     ) -> tuple[jax.Array, Cache]:
         own = tuple(map(put, own, (k,) if arch.latent else (k, v)))
         prompt_kv, own_kv = _read(prompt, arch, q.dtype), _read(own, arch, q.dtype)
-        visible_BTS, prompt_visible_BTQ = written_BTS, None
+        visible_BTS = visible(own_kv[0].shape[2], window)
+        Q, prompt_visible_BTQ = prompt_kv[0].shape[2], None
+        kept_P = jnp.minimum(prompt_len_P, Q)
         if window is not None:
-            own_BS = prompt_len_B1 + jnp.arange(length)
-            prompt_1Q = jnp.arange(prompt_kv[0].shape[2])[None]
-            visible_BTS = written_BTS & within(window, position_BT, own_BS)
-            prompt_visible_BTQ = within(window, position_BT, prompt_1Q)
+            place_BQ = jnp.arange(Q) - jnp.repeat(kept_P, G)[:, None]  # the last one is at -1
+            prompt_visible_BTQ = within(window, place_BT, place_BQ)
         mixed = shared_prefix_attention(
-            q, prompt_kv, prompt_len_P, own_kv, visible_BTS, prompt_visible_BTQ, arch.score_cap
+            q, prompt_kv, kept_P, own_kv, visible_BTS, prompt_visible_BTQ, arch.score_cap
         )
         return mixed, own
 

@@ -6,6 +6,7 @@ Sources: "How to Scale Your Model" (jax-ml.github.io/scaling-book), chapters "Tr
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from grpo.batch import RowShape
 from grpo.model.arch import Arch
@@ -47,6 +48,12 @@ class Work:
         return self.weight_bytes + self.cache_bytes
 
 
+def mean(runs: Sequence[tuple[Work, float]]) -> Work:
+    """What a run asks on average, where each of these is so large a share of all runs."""
+    names = [field.name for field in dataclasses.fields(Work)]
+    return Work(*(sum(share * getattr(work, name) for work, share in runs) for name in names))
+
+
 def layer_params(arch: Arch) -> int:
     """Parameters in the matrix products of all layers."""
     attention = arch.width * arch.head_width * 2 * (arch.num_heads + arch.num_kv_heads)
@@ -58,18 +65,30 @@ def head_params(arch: Arch) -> int:
     return arch.width * arch.vocab_size
 
 
-def kv_bytes(arch: Arch, width: int) -> int:
-    """Bytes that one cached token takes: 2 L K H numbers of `width` bytes."""
-    return 2 * arch.num_layers * arch.num_kv_heads * arch.head_width * width
+def kv_bytes(arch: Arch, width: int, length: int = 1, at_once: int = 1) -> int:
+    """Bytes of the cache of a sequence: 2 K H numbers of `width` bytes a token and layer.
+
+    `length` and `at_once` are as in `Arch.cache_lengths`: sliding layers keep less.
+    """
+    tokens = sum(arch.cache_lengths(length, at_once))
+    return 2 * arch.num_kv_heads * arch.head_width * width * tokens
 
 
 def attention_flops(arch: Arch, pairs: float) -> float:
-    """Operations for so many (query, key) pairs: 4 L N H each, forward."""
+    """Operations for so many (query, key) pairs of every layer: 4 L N H each, forward."""
     return 4 * arch.num_layers * arch.num_heads * arch.head_width * pairs
 
 
 def decode(
-    arch: Arch, split: Split, *, rows: int, prompts: int, own: float, prompt: float, width: int
+    arch: Arch,
+    split: Split,
+    *,
+    rows: int,
+    prompts: int,
+    own: int,
+    prompt: int,
+    width: int,
+    at_once: int = 1,
 ) -> Work:
     """One token for every row.
 
@@ -78,14 +97,17 @@ def decode(
       split: of the decode form, whose weights each batch part has whole.
       rows: slots, over all devices.
       prompts: stored prompts, over all devices; each is read once for all its slots.
-      own: places looked at of what each slot wrote.
-      prompt: places looked at of each prompt.
+      own: places looked at of what each slot wrote; in a sliding layer, of no more than it caches.
+      prompt: places looked at of each prompt; likewise.
       width: bytes of a weight or a cached number.
+      at_once: as in `Arch.cache_lengths`.
     """
     params = layer_params(arch) + head_params(arch)
     here = rows / split.batch
-    flops = 2 * here * params + attention_flops(arch, here * (own + prompt))
-    cached = kv_bytes(arch, width) * (here * own + prompts / split.batch * prompt)
+    seen = sum(arch.cache_lengths(own, at_once)) + sum(arch.cache_lengths(prompt))
+    flops = 2 * here * params + attention_flops(arch, here * seen / arch.num_layers)
+    cached = here * kv_bytes(arch, width, own, at_once)
+    cached += prompts / split.batch * kv_bytes(arch, width, prompt)
     return Work(flops / split.tensor, params * width / split.tensor, cached / split.tensor)
 
 
@@ -98,7 +120,7 @@ def prefill(arch: Arch, split: Split, *, rows: int, length: int, width: int) -> 
     return Work(
         flops / split.tensor,
         weights / split.tensor,
-        kv_bytes(arch, width) * here * length / split.tensor,
+        kv_bytes(arch, width, length) * here / split.tensor,
     )
 
 

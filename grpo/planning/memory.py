@@ -75,7 +75,12 @@ def estimate(parts: Parts, program: Program) -> Footprint:
         temporaries = formulas.update_workspace(arch, split, shape, width=width, chunk=chunk)
     elif program.kind in ("decode", "tail decode"):
         rows = len(program.arguments[1].token_B)
-        places = parts.engine.max_prompt + program.static["view"]
+        engine, view = parts.engine, program.static["view"]
+        own, prompt = (
+            arch.cache_lengths(view, engine.at_once),
+            arch.cache_lengths(engine.max_prompt),
+        )
+        places = max(own) + max(prompt)
         temporaries = formulas.decode_workspace(arch, split, rows=rows, places=places)
     elif program.kind == "optimiser":
         temporaries = parts.kept["parameters"]  # the change

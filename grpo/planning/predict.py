@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 from grpo.engine.engine import buckets
 from grpo.planning import formulas
@@ -122,19 +123,18 @@ def step(parts: Parts, found: list[Timing], chips: int, assumed: Assumptions) ->
     )
 
 
-def mean_places(parts: Parts, completions: int) -> float:
-    """Places of its own that a decode step looks at, on average over a rollout.
+def view_shares(parts: Parts, completions: int) -> dict[int, float]:
+    """The views that a rollout's decode steps have, and the share of the steps that each has.
 
     Where every completion has a slot, they grow together through the compiled views; where slots
     are refilled, some slot nearly always is near the end.
     """
     longest, slots = parts.engine.max_new, parts.engine.num_slots
     if slots < completions:
-        return longest
-    views, total, before = buckets(longest), 0.0, 0
-    for view in views:
-        total, before = total + view * (view - before), view
-    return total / longest
+        return {longest: 1.0}
+    views = buckets(longest)
+    steps = [view - before for before, view in zip((0, *views), views, strict=False)]
+    return {view: count / longest for view, count in zip(views, steps, strict=True)}
 
 
 def microbatches(parts: Parts, assumed: Assumptions) -> int:
@@ -185,18 +185,20 @@ def _work(parts: Parts, program: Program, assumed: Assumptions) -> formulas.Work
         rows, length = program.arguments[2].shape
         return formulas.prefill(arch, split, rows=rows, length=length, width=width)
     if kind in ("decode", "tail decode"):
-        slots = program.arguments[1]
-        whole = program.static["view"] == parts.engine.max_new
-        own = mean_places(parts, parts.schedule.completions) if whole else program.static["view"]
-        return formulas.decode(
+        slots, view = program.arguments[1], program.static["view"]
+        whole = view == parts.engine.max_new
+        shares = view_shares(parts, parts.schedule.completions) if whole else {view: 1.0}
+        one = partial(
+            formulas.decode,
             arch,
             split,
             rows=len(slots.token_B),
             prompts=len(slots.prompt_len_P),
-            own=own,
             prompt=parts.engine.max_prompt,
             width=width,
+            at_once=parts.engine.at_once,
         )
+        return formulas.mean([(one(own=own), share) for own, share in shares.items()])
     if kind == "log-probs":
         return formulas.logprobs(arch, split, shape, width=width)
     if kind == "gradients":
