@@ -144,13 +144,13 @@ def get_pipeline() -> Pipeline:
         Stage(
             "base",
             supervise,
-            sft(corpus, 700, 2e-3, TEACHER),
+            sft(corpus, 450, 2e-3, TEACHER),
             about="a base model, of careless text in two languages",
         ),
         Stage(
             "r1_zero",
             train,
-            rl(40, SUMS, ZERO),
+            rl(30, SUMS, ZERO),
             {"model.source": "base"},
             about="R1-Zero: reinforcement learning alone, for right answers and the form",
         ),
@@ -171,7 +171,7 @@ def get_pipeline() -> Pipeline:
         Stage(
             "reasoning_rl",
             train,
-            rl(40, SUMS, READABLE),
+            rl(30, SUMS, READABLE),
             {"model.source": "cold_start"},
             about="reasoning RL: the rewards of R1-Zero and language consistency",
         ),
@@ -199,7 +199,7 @@ def get_pipeline() -> Pipeline:
         Stage(
             "student_base",
             supervise,
-            sft(corpus, 500, 2e-3, STUDENT),
+            sft(corpus, 350, 2e-3, STUDENT),
             about="a base model half the size",
         ),
         Stage(
