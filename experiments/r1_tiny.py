@@ -127,7 +127,7 @@ def traces(num_problems: int, num_samples: int, **more: Any) -> Config:
 
 def taught(num_steps: int) -> Config:
     """On-policy distillation."""
-    made = rl(num_steps, SUMS, READABLE, rate=5e-4)
+    made = rl(num_steps, SUMS, READABLE, rate=1e-4)
     made.distil = DistilConfig()
     return made
 
@@ -212,7 +212,7 @@ def get_pipeline() -> Pipeline:
         Stage(
             "student_rl",
             train,
-            rl(12, SUMS, READABLE),
+            rl(18, SUMS, READABLE),
             {"model.source": "student_base"},
             about="for comparison: reinforcement learning alone, in the time distilling takes",
         ),
