@@ -37,6 +37,7 @@ STUDENT = {"width": 192, "mlp_width": 512, "num_layers": 6, "num_heads": 6, "num
 def rl() -> Config:
     """The run of smollm2_max3.py, with adapters."""
     config = smollm2_max3.get_config()
+    config.num_steps = 40
     config.lora = LoraConfig(rank=16)
     config.optim.learning_rate = 1e-4
     return config
@@ -46,7 +47,7 @@ def traces() -> Config:
     """Right completions of problems."""
     config = smollm2_max3.get_config()
     config.model.source = ""  # filled in
-    config.rejection = RejectionConfig(num_problems=384, num_samples=4, chunk_problems=64, keep=2)
+    config.rejection = RejectionConfig(num_problems=256, num_samples=4, chunk_problems=64, keep=2)
     return config
 
 
@@ -72,7 +73,7 @@ def sft(num_steps: int, rate: float, **model: Any) -> Config:
 def taught() -> Config:
     """On-policy distillation of the fresh model."""
     config = smollm2_max3.get_config()
-    config.num_steps = 20
+    config.num_steps = 10
     config.model.source = ""  # filled in
     config.eval.every = 0
     config.optim = OptimConfig(learning_rate=5e-4, warmup_updates=3)
@@ -89,14 +90,14 @@ def get_pipeline() -> Pipeline:
         Stage(
             "sft",
             supervise,
-            sft(40, 2e-5, source=base),
+            sft(24, 2e-5, source=base),
             {"sft.source.path": "traces"},
             about="the first model again, on the traces",
         ),
         Stage(
             "student",
             supervise,
-            sft(150, 1e-3, tokenizer=base, **STUDENT),
+            sft(100, 1e-3, tokenizer=base, **STUDENT),
             {"sft.source.path": "traces"},
             about="a fresh small model, on the traces",
         ),
