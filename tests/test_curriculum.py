@@ -170,7 +170,7 @@ def tiny(**changes: Any) -> Config:
 
 def run(config: Config, workdir: Path) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grpo.train.report_run", lambda _: None)  # pictures, which take seconds
+        patch.setattr("grpo.loop.report_run", lambda _: None)  # pictures, which take seconds
         return train(config, workdir, baseline=config)
 
 

@@ -26,16 +26,7 @@ from grpo.config import Config, bind, check_all_read
 from grpo.data.order import draw
 from grpo.host_memory import resident_gib, return_free_pages
 from grpo.learn import samples_of, update
-from grpo.loss import distil_loss
-from grpo.metrics import DISTIL_COLUMNS, ConsoleTable, JsonlWriter, MetricLog
-from grpo.model.params import Params
-from grpo.rollout import readable_rows, sample_and_score
-from grpo.schedule import make_schedule
-from grpo.signals import StopSignal
-from grpo.source import open_source
-from grpo.structs import Rollout, Scores, TrainState
-from grpo.teacher import describe_teacher, make_teacher, taught
-from grpo.train import (
+from grpo.loop import (
     AGREED,
     begin,
     conclude,
@@ -45,6 +36,15 @@ from grpo.train import (
     save_if_due,
     saving_first,
 )
+from grpo.loss import distil_loss
+from grpo.metrics import DISTIL_COLUMNS, ConsoleTable, JsonlWriter, MetricLog
+from grpo.model.params import Params
+from grpo.rollout import readable_rows, sample_and_score
+from grpo.schedule import make_schedule
+from grpo.signals import StopSignal
+from grpo.source import open_source
+from grpo.structs import Rollout, Scores, TrainState
+from grpo.teacher import describe_teacher, make_teacher, taught
 from grpo.update import (
     Offload,
     Update,
