@@ -61,7 +61,7 @@ def _run_stages(pipeline: Pipeline, workdir: Path, only: Sequence[str]) -> dict[
         made[stage.name] = output
         if pipeline.scores is not None and output.kind == "model":
             _measure(stage, pipeline.scores, workdir, manifest, output)
-            _report(pipeline, workdir, manifest)
+            _report(pipeline, workdir, manifest, made)
     if hosts.is_main() and pipeline.stages[-1].name in made:
         lines = manifest.lineage(pipeline.stages[-1].name)
         (workdir / "lineage.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -197,14 +197,16 @@ def _measure(
         manifest.note(stage.name, scores={"key": key, "metrics": metrics, "seconds": seconds})
 
 
-def _report(pipeline: Pipeline, workdir: Path, manifest: Manifest) -> None:
-    """The table and the picture of the scores so far."""
+def _report(
+    pipeline: Pipeline, workdir: Path, manifest: Manifest, made: Mapping[str, Output]
+) -> None:
+    """The table and the picture of the scores so far; what is to be made again is left out."""
     if not hosts.is_main():
         return
     rows = [
         Row(stage.name, stage.about, entry["scores"]["metrics"], entry["seconds"])
         for stage in pipeline.stages
-        if "scores" in (entry := manifest.entry(stage.name))
+        if stage.name in made and "scores" in (entry := manifest.entry(stage.name))
     ]
     (workdir / "scores.md").write_text(scores_markdown(rows, pipeline.columns), encoding="utf-8")
     draw_scores(rows, pipeline.columns, workdir / "scores.png")
