@@ -12,8 +12,8 @@ Command:
   python -m grpo.pipeline --config=experiments/r1_qwen2p5_1p5b.py --workdir=/mnt/shared/r1
   The folder is one that all workers reach, such as a Filestore volume.
 Hardware: TPU v5litepod-16 (4 x 4).
-Time: 25 hours by formula (--dry_run: 9.3 h for each of the first two rounds of reinforcement, 3.7 h for
-  the last, 1.9 h of sampling traces, 0.9 h for the student). Not run.
+Time: 25 hours by formula (--dry_run: 9.3 h for each of the first two rounds of reinforcement, 3.7 h
+  for the last, 1.9 h of sampling traces, 0.9 h for the student). Not run.
 """
 
 import copy
