@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from grpo import hosts, loss, runinfo
+from grpo import loss, runinfo
 from grpo.batch import RowShape, pack, row_shape, to_device
 from grpo.carry import extra_groups, nothing
 from grpo.config import Config, bind, check_all_read, track_reads, validate
@@ -21,9 +21,12 @@ from grpo.data.prompts import usable_indices
 from grpo.data.sources import ProblemSource, Slice
 from grpo.data.tokenizer import Tokenizer
 from grpo.engine.engine import Engine, shared_slots
-from grpo.held_out import Evaluator
+from grpo.measure.held_out import Evaluator
 from grpo.model.params import Params, attention_share
 from grpo.policy import Policy, describe_adapters, make_policy
+from grpo.runtime import hosts
+from grpo.runtime.watchdog import Watchdog
+from grpo.runtime.workdir import Workdir, open_workdir
 from grpo.schedule import Schedule, make_schedule
 from grpo.scoring import Scorer
 from grpo.sharding import batch_ways
@@ -41,8 +44,6 @@ from grpo.update import (
     make_optimizer,
     reference_shardings,
 )
-from grpo.watchdog import Watchdog
-from grpo.workdir import Workdir, open_workdir
 from rewards.api import Problem
 
 

@@ -22,10 +22,10 @@ from absl import flags
 
 from grpo import command
 from grpo.data.tokenizer import Tokenizer
-from grpo.group_view import asking, show_group
 from grpo.source import fitting_mesh, open_source
-from grpo.speaker import Conversation, Speaker, make_filters, make_speaker
-from grpo.terminal import TextStream, ThoughtStream, opens_thought, shown
+from grpo.talk.group_view import asking, show_group
+from grpo.talk.speaker import Conversation, Speaker, make_filters, make_speaker
+from grpo.talk.terminal import TextStream, ThoughtStream, opens_thought, shown
 
 _USAGE = 'usage: python -m grpo.chat MODEL_OR_WORKDIR [--problem="What is 2+3?" --reference=5]'
 

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo import hosts
+from grpo.runtime import hosts
 from grpo.structs import TrainState
 
 _GATHERED_BYTES = 2**28  # of an array that many processes share, at a time

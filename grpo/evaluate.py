@@ -9,9 +9,9 @@ there is no checkpoint), prints a table and writes DIR/evaluation.json.
 
 also measures what it does with more or less computation: accuracy against the tokens spent on a
 problem, by majority vote and best of k (k up to --config.eval.num_samples), and by thoughts cut at,
-or drawn out to, each budget (grpo/forcing.py). The model that the run started from is measured
-beside it. Prints a table and writes DIR/budget.json, DIR/budget.png, and the completions to
-DIR/budget/.
+or drawn out to, each budget (grpo/measure/forcing.py). The model that the run started from is
+measured beside it. Prints a table and writes DIR/budget.json, DIR/budget.png, and the completions
+to DIR/budget/.
 """
 
 import dataclasses
@@ -23,17 +23,17 @@ from typing import Any
 
 from absl import flags
 
-from grpo import hosts
 from grpo.build import Run, build, make_engine
 from grpo.checkpoint import Checkpoints
-from grpo.compute_curves import Curves, measure, write_curves
 from grpo.config import Config
 from grpo.engine.engine import Engine
-from grpo.forcing import BudgetSettings, Forcer
+from grpo.measure.compute_curves import Curves, measure, write_curves
+from grpo.measure.forcing import BudgetSettings, Forcer
 from grpo.model.params import Params
-from grpo.signals import StopSignal
+from grpo.runtime import hosts
+from grpo.runtime.signals import StopSignal
+from grpo.runtime.watchdog import telling
 from grpo.train import starting_params
-from grpo.watchdog import telling
 
 
 def evaluate(

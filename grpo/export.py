@@ -24,11 +24,11 @@ from absl import flags
 from grpo import command
 from grpo.checkpoint import params_sha256
 from grpo.data.tokenizer_out import add_to_gguf, write_tokenizer
-from grpo.model.families_out import hf_config
-from grpo.model.gguf_out import GGUF_DTYPES, write_gguf
-from grpo.model.lora_export import write_peft
+from grpo.model.files.families_out import hf_config
+from grpo.model.files.gguf_out import GGUF_DTYPES, write_gguf
+from grpo.model.files.lora_export import write_peft
+from grpo.model.files.weights_out import DTYPES, write_safetensors
 from grpo.model.params import Params, param_table
-from grpo.model.weights_out import DTYPES, write_safetensors
 from grpo.model_card import model_card
 from grpo.sharding import param_shardings, replicated
 from grpo.source import Source, fitting_mesh, open_source

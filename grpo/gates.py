@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from grpo import hosts
 from grpo.config import GatesConfig
 from grpo.data.tokenizer import Tokenizer
 from grpo.metrics import JsonlWriter
 from grpo.rollout import readable_rows
+from grpo.runtime import hosts
 from grpo.structs import EOS, Rollout, Scores
 
 Metrics = Mapping[str, float | None]

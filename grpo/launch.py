@@ -22,10 +22,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
-from grpo import hosts, presets
+from grpo import presets
 from grpo.config import Config, unknown_field
 from grpo.gates import GateError
-from grpo.host_memory import return_large_blocks
+from grpo.runtime import hosts
+from grpo.runtime.host_memory import return_large_blocks
 from grpo.scoring import RewardFailure
 
 _Made = TypeVar("_Made")

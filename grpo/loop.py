@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from grpo import gates, hosts, runinfo
+from grpo import gates, runinfo
 from grpo.build import Learner
 from grpo.checkpoint import Checkpoints, params_sha256
 from grpo.metrics import MetricLog
 from grpo.model.params import Params
 from grpo.report import report_run
+from grpo.runtime import hosts
+from grpo.runtime.signals import StopSignal
 from grpo.scoring import check_rewards
-from grpo.signals import StopSignal
 from grpo.structs import TrainState
 
 # What ends a run everywhere: it follows from what all processes know.

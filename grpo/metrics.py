@@ -19,7 +19,7 @@ from typing import Any, Self, TextIO
 import jax
 import numpy as np
 
-from grpo import hosts
+from grpo.runtime import hosts
 
 # ---- Files -------------------------------------------------------------------------------------
 

@@ -8,12 +8,12 @@ from concurrent.futures import Future
 import jax
 import numpy as np
 
-from grpo import hosts
 from grpo.data.prompts import encode_prompt
 from grpo.data.tokenizer import Tokenizer
 from grpo.engine.engine import Engine, EngineStats, Request
 from grpo.engine.sampling import Filters
 from grpo.model.params import Params
+from grpo.runtime import hosts
 from grpo.scoring import Scorer
 from grpo.structs import LENGTH, Completion, Rollout, Scores
 from rewards.api import Problem, Score

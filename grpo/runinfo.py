@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo import hosts
 from grpo.config import Config, describe
+from grpo.runtime import hosts
 from grpo.structs import Batch
 
 _PACKAGES = ("grpo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")

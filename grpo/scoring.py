@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grpo import hosts
 from grpo.config import RewardConfig
 from grpo.data.sources import ProblemSource
+from grpo.runtime import hosts
 from grpo.structs import SOLVED, Scores
 from rewards.api import Facts, Problem, Score, Status
 from rewards.pool import RewardPool
@@ -41,7 +41,7 @@ class Scorer:
     """Runs the configured rewards in worker processes and adds them up.
 
     Every process of a run has its own workers, and judges the completions it owns
-    (`grpo.hosts.owns`). Use as a context manager: leaving it ends the workers.
+    (`grpo.runtime.hosts.owns`). Use as a context manager: leaving it ends the workers.
 
     Args:
       config: the rewards. Of none there are no workers; every completion is then valid, and none

@@ -17,10 +17,10 @@ from grpo.config import LoraConfig, ModelConfig
 from grpo.data.tokenizer import Tokenizer, load_tokenizer, with_thinking
 from grpo.model.arch import Arch
 from grpo.model.families import arch_from_hf
+from grpo.model.files.weights import StoredArray, load_weights, read_arch
 from grpo.model.lora import adapter_table, merged, target_names
 from grpo.model.params import Params, ParamSpec, param_table
 from grpo.model.quantise import stored_as
-from grpo.model.weights import StoredArray, load_weights, read_arch
 from grpo.sharding import make_mesh, param_shardings, propagated, specs_of
 
 _S = TypeVar("_S", ModelConfig, LoraConfig)

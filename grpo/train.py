@@ -11,11 +11,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from grpo import diagnose, gates, hosts
+from grpo import diagnose, gates
 from grpo.ask import ask
 from grpo.build import Run, build
 from grpo.config import Config
-from grpo.host_memory import resident_gib, return_free_pages
 from grpo.learn import learn, shaped
 from grpo.loop import (
     AGREED,
@@ -30,9 +29,11 @@ from grpo.loop import (
 from grpo.metrics import GRPO_COLUMNS, ConsoleTable, JsonlWriter, MetricLog
 from grpo.model.params import Params
 from grpo.rollout import readable_rows
-from grpo.signals import StopSignal
+from grpo.runtime import hosts
+from grpo.runtime.host_memory import resident_gib, return_free_pages
+from grpo.runtime.signals import StopSignal
+from grpo.runtime.watchdog import telling
 from grpo.structs import TrainState
-from grpo.watchdog import telling
 
 
 def train(config: Config, workdir: str | Path, baseline: Config | None = None) -> TrainState:
@@ -41,7 +42,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
     Args:
       config: what to run; read, never changed.
       workdir: checkpoints, metrics, rollouts and pictures go here; a folder or a gs:// address
-        (grpo/workdir.py).
+        (grpo/runtime/workdir.py).
       baseline: what `config` was before the user changed it; a changed field that the run never
         reads is an error. By default the defaults of `Config`.
 

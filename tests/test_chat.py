@@ -17,14 +17,14 @@ from grpo.chat import answer, talk
 from grpo.data.sources import PromptForm
 from grpo.data.tokenizer import ByteTokenizer
 from grpo.engine.engine import Request
-from grpo.group_view import Asking, asking, parse_reference, show_group, table
 from grpo.model.arch import Arch
 from grpo.model.params import init_params
 from grpo.sharding import make_mesh
 from grpo.source import Source
-from grpo.speaker import Conversation, Speaker, make_filters, make_speaker
 from grpo.structs import Completion, Scores
-from grpo.terminal import Piece, TextStream, ThoughtStream, opens_thought, shown
+from grpo.talk.group_view import Asking, asking, parse_reference, show_group, table
+from grpo.talk.speaker import Conversation, Speaker, make_filters, make_speaker
+from grpo.talk.terminal import Piece, TextStream, ThoughtStream, opens_thought, shown
 from rewards.answers import last_number
 
 # ---- text --------------------------------------------------------------------------------------

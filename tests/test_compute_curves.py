@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from grpo import compute_curves
-from grpo.compute_curves import Point, curves_table, draw_curves, measure, sampling_curves
 from grpo.config import EvalConfig, RewardConfig
 from grpo.data.tokenizer import ByteTokenizer
 from grpo.engine.engine import EngineStats
-from grpo.forcing import EXTENDED, FORCED, BudgetSettings, Draft
-from grpo.held_out import Evaluator
+from grpo.measure import compute_curves
+from grpo.measure.compute_curves import Point, curves_table, draw_curves, measure, sampling_curves
+from grpo.measure.forcing import EXTENDED, FORCED, BudgetSettings, Draft
+from grpo.measure.held_out import Evaluator
 from grpo.scoring import Scorer
 from grpo.structs import LENGTH, Completion, Rollout
 from rewards.api import Problem

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from grpo.estimators import (
+from grpo.measure.estimators import (
     avg_at_k,
     bootstrap_interval,
     majority_at_k,

@@ -5,7 +5,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from grpo.evaluate import _define_flags
-from grpo.forcing import BudgetSettings
+from grpo.measure.forcing import BudgetSettings
 
 
 def settings_of(*arguments: str) -> BudgetSettings | None:

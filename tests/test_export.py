@@ -27,11 +27,11 @@ from grpo.export import export
 from grpo.model.arch import Arch
 from grpo.model.decoder import head, hidden_states
 from grpo.model.families import arch_from_hf
-from grpo.model.families_out import hf_config
-from grpo.model.gguf_out import write_gguf
+from grpo.model.files.families_out import hf_config
+from grpo.model.files.gguf_out import write_gguf
+from grpo.model.files.weights import half_split_rows, load_weights, read_arch
+from grpo.model.files.weights_out import interleaved_rows, rounded, write_safetensors
 from grpo.model.params import ParamSpec, map_table, param_table
-from grpo.model.weights import half_split_rows, load_weights, read_arch
-from grpo.model.weights_out import interleaved_rows, rounded, write_safetensors
 from grpo.policy import make_policy
 from grpo.sharding import param_shardings
 from grpo.source import Source, fitting_mesh, is_workdir, open_source

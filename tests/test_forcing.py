@@ -12,7 +12,7 @@ from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
 from grpo.config import EvalConfig
 from grpo.data.tokenizer import ByteTokenizer
 from grpo.engine.engine import Engine
-from grpo.forcing import (
+from grpo.measure.forcing import (
     EXTENDED,
     FORCED,
     BudgetSettings,
@@ -25,7 +25,7 @@ from grpo.forcing import (
     thought_length,
     with_drafts,
 )
-from grpo.held_out import Evaluator
+from grpo.measure.held_out import Evaluator
 from grpo.model.decoder import to_decode
 from grpo.structs import EOS, LENGTH, STOP, Completion, Rollout
 from rewards.api import Problem

@@ -17,7 +17,7 @@ from grpo.config import EvalConfig, RewardConfig
 from grpo.data.procedural import DigitChain
 from grpo.data.tokenizer import ByteTokenizer
 from grpo.engine.engine import Engine, EngineStats
-from grpo.held_out import (
+from grpo.measure.held_out import (
     Evaluator,
     component_metrics,
     filters_of,

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo import hosts
-from grpo.hosts import joining
+from grpo.runtime import hosts
+from grpo.runtime.hosts import joining
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -16,8 +16,8 @@ from grpo.config import LoraConfig
 from grpo.export import export_adapter
 from grpo.model.decoder import head, hidden_states
 from grpo.model.families import HF_LLAMA_NAMES
+from grpo.model.files.lora_export import write_peft
 from grpo.model.lora import adapted, adapter_table, init_adapters, merged
-from grpo.model.lora_export import write_peft
 from grpo.model.params import Params, param_table
 from grpo.model.quantise import stored
 from grpo.sharding import param_shardings

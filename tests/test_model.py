@@ -28,11 +28,11 @@ from grpo.model.decoder import (
     rotary,
     to_decode,
 )
+from grpo.model.files.weights import load_weights, read_arch
 from grpo.model.linear import linear
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params, init_params, map_table, num_params, param_table
 from grpo.model.rope import frequencies
-from grpo.model.weights import load_weights, read_arch
 
 UNTIED = dataclasses.replace(ARCH, tied_head=False)
 TOKENS_RT = np.random.default_rng(0).integers(0, ARCH.vocab_size, (3, 9)).astype(np.int32)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo.host_memory import resident_gib
+from grpo.runtime.host_memory import resident_gib
 from tools.soak_train import growth
 
 

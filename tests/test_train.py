@@ -20,8 +20,8 @@ from grpo import build, diagnose
 from grpo.checkpoint import Checkpoints, _shapes, params_sha256
 from grpo.config import Config
 from grpo.evaluate import evaluate
-from grpo.forcing import BudgetSettings
 from grpo.gates import GateError
+from grpo.measure.forcing import BudgetSettings
 from grpo.metrics import MetricLog
 from grpo.train import train
 from grpo.update import Update

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from grpo import hosts
 from grpo.gates import GateError
-from grpo.watchdog import Watchdog, telling
+from grpo.runtime import hosts
+from grpo.runtime.watchdog import Watchdog, telling
 
 
 class FakeBoard:
@@ -134,7 +134,7 @@ def test_by_a_single_process_errors_pass_as_they_are():
 
 def test_it_looks_by_itself_and_ends_with_its_block(monkeypatch):
     looked = threading.Event()
-    monkeypatch.setattr("grpo.watchdog._LOOK_EVERY_S", 0.001)
+    monkeypatch.setattr("grpo.runtime.watchdog._LOOK_EVERY_S", 0.001)
     monkeypatch.setattr(Watchdog, "look", lambda self: looked.set())
     with Watchdog(60) as watchdog:
         assert looked.wait(10)

@@ -19,9 +19,9 @@ from toy_model import ToyTokenizer, mesh_of
 from grpo.config import ModelConfig
 from grpo.model.arch import Arch
 from grpo.model.families import arch_from_hf
-from grpo.model.families_gguf import arch_from_gguf
+from grpo.model.files.families_gguf import arch_from_gguf
+from grpo.model.files.weights import StoredArray, half_split_rows, load_weights, read_arch
 from grpo.model.params import map_table, param_table
-from grpo.model.weights import StoredArray, half_split_rows, load_weights, read_arch
 from grpo.policy import lay_out
 from grpo.source import Source
 from tools import parity, tiny_models

@@ -6,7 +6,7 @@ The bucket is a folder; what `etils.epath` makes of gs:// is not looked at here.
 import pytest
 from etils import epath
 
-from grpo.workdir import Workdir, open_workdir
+from grpo.runtime.workdir import Workdir, open_workdir
 
 
 @pytest.fixture

@@ -18,13 +18,14 @@ import jax
 import numpy as np
 from toy_model import ARCH, MAX_NEW, MAX_PROMPT, ToyTokenizer, mesh_of, ragged_samples, toy_params
 
-from grpo import hosts, loss
+from grpo import loss
 from grpo.batch import RowShape, pack, to_device, totals
 from grpo.checkpoint import params_sha256
 from grpo.config import ModelConfig, OptimConfig, RewardConfig
 from grpo.engine.engine import Engine
 from grpo.policy import Policy, lay_out
 from grpo.rollout import sample_and_score
+from grpo.runtime import hosts
 from grpo.scoring import Scorer
 from grpo.update import Update, decayed_params, init_state, learning_rate, make_optimizer
 from rewards.api import Problem
@@ -144,7 +145,7 @@ def one_rollout(policy: Policy) -> dict[str, Any]:
 
 
 def agreements() -> dict[str, Any]:
-    """What `grpo.hosts` makes of values that differ."""
+    """What `grpo.runtime.hosts` makes of values that differ."""
     process = jax.process_index()
     mine = {"a": np.full((2, 3), process + 0.1), "b": np.array(process, np.int32)}
     found = {name: array.tolist() for name, array in hosts.gather(mine).items()}

@@ -34,10 +34,10 @@ from grpo.batch import RowShape, Sample, pack, row_shape, to_device, totals
 from grpo.config import Config, ModelConfig, OptimConfig, bind
 from grpo.data.prompts import encode_prompt
 from grpo.engine.engine import Engine, Request
-from grpo.host_memory import return_free_pages, return_large_blocks
 from grpo.model.arch import Arch
 from grpo.model.params import Params, attention_share, num_params
 from grpo.policy import Policy, lay_out
+from grpo.runtime.host_memory import return_free_pages, return_large_blocks
 from grpo.sharding import batch_ways, make_mesh
 from grpo.source import open_source
 from grpo.structs import Completion, Scores, TrainState

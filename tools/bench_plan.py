@@ -24,12 +24,12 @@ import numpy as np
 from grpo.ask import ask
 from grpo.build import build
 from grpo.config import Config, ModelConfig, SftConfig
-from grpo.host_memory import return_free_pages, return_large_blocks
 from grpo.launch import load_experiment
 from grpo.learn import learn, shaped
 from grpo.planning.chips import parse_topology
 from grpo.planning.make import Options, make_plan
 from grpo.planning.shapes import find_arch
+from grpo.runtime.host_memory import return_free_pages, return_large_blocks
 
 MIB = 2**20
 TINY = Path(__file__).parent.parent / "experiments" / "tiny.py"

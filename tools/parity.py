@@ -24,9 +24,9 @@ from grpo.engine.engine import Engine, Request
 from grpo.model.arch import Arch
 from grpo.model.attention import capped
 from grpo.model.decoder import decode_step, empty_cache, head, hidden_states, prefill, to_decode
+from grpo.model.files.weights import load_weights, read_arch
 from grpo.model.logprobs import completion_logprobs
 from grpo.model.params import Params
-from grpo.model.weights import load_weights, read_arch
 from grpo.sharding import make_mesh
 from tools import tiny_models
 from tools.bench import IdTokenizer

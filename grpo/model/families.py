@@ -2,7 +2,7 @@
 
 A family is one function and, where it names its tensors otherwise, one table of names. What our
 decoder cannot compute is refused here, before any weight is read; what GGUF files say of
-themselves is read in `grpo.model.families_gguf`.
+themselves is read in `grpo.model.files.families_gguf`.
 """
 
 import dataclasses
@@ -231,7 +231,7 @@ def _deepseek_experts(
     for name in ("aux_loss_alpha", "seq_aux", "output_router_logits", "ep_size", "auto_map"):
         fields.get(name)  # of pre-training's loss, or of how others run the model
     for name in ("num_nextn_predict_layers", "num_mtp_layers"):
-        fields.get(name)  # predict further tokens; `grpo.model.weights` leaves them out
+        fields.get(name)  # predict further tokens; `grpo.model.files.weights` leaves them out
     names = ("n_routed_experts", "num_local_experts", "num_experts")
     listed = [fields.get(name) for name in names]
     if per_token is None:

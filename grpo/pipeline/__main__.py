@@ -21,7 +21,6 @@ from pathlib import Path
 from absl import flags
 
 from grpo import command
-from grpo.host_memory import return_large_blocks
 from grpo.launch import EXPECTED, define_processes, load
 from grpo.model.arch import Arch
 from grpo.pipeline.chain import Pipeline, check_pipeline
@@ -31,6 +30,7 @@ from grpo.pipeline.run import look, run_pipeline
 from grpo.planning.chips import Topology, parse_topology
 from grpo.planning.lower import use_no_device
 from grpo.planning.shapes import find_arch
+from grpo.runtime.host_memory import return_large_blocks
 
 
 def plan_lines(

@@ -12,13 +12,14 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from grpo import hosts, runinfo
+from grpo import runinfo
 from grpo.config import Config, describe
 from grpo.evaluate import evaluate
-from grpo.host_memory import return_free_pages
 from grpo.pipeline.chain import Pipeline, Stage, check_pipeline, filled, put
 from grpo.pipeline.manifest import Manifest, Output, find_output, read_json, stage_key, write_json
 from grpo.pipeline.scores import Row, draw_scores, scores_console, scores_markdown
+from grpo.runtime import hosts
+from grpo.runtime.host_memory import return_free_pages
 
 
 def run_pipeline(

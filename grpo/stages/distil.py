@@ -19,12 +19,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from grpo import gates, hosts
+from grpo import gates
 from grpo.ask import hand_over
 from grpo.build import Learner, empty_batch, microbatch_shape, read_by_every_loop, sampling, start
 from grpo.config import Config, bind, check_all_read
 from grpo.data.order import draw
-from grpo.host_memory import resident_gib, return_free_pages
 from grpo.learn import samples_of, update
 from grpo.loop import (
     AGREED,
@@ -40,8 +39,11 @@ from grpo.loss import distil_loss
 from grpo.metrics import DISTIL_COLUMNS, ConsoleTable, JsonlWriter, MetricLog
 from grpo.model.params import Params
 from grpo.rollout import readable_rows, sample_and_score
+from grpo.runtime import hosts
+from grpo.runtime.host_memory import resident_gib, return_free_pages
+from grpo.runtime.signals import StopSignal
+from grpo.runtime.watchdog import telling
 from grpo.schedule import make_schedule
-from grpo.signals import StopSignal
 from grpo.source import open_source
 from grpo.structs import Rollout, Scores, TrainState
 from grpo.teacher import describe_teacher, make_teacher, taught
@@ -54,7 +56,6 @@ from grpo.update import (
     learning_rate,
     make_optimizer,
 )
-from grpo.watchdog import telling
 
 # Of the others, some look at rewards and advantages, and those of what is sampled stop a run whose
 # texts are poor: here that is how a student begins, and what the teacher mends.

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo import gates, hosts, runinfo
+from grpo import gates, runinfo
 from grpo.build import Subset, engine_for, start, usable
 from grpo.checkpoint import params_sha256
 from grpo.config import Config, check_all_read, describe
@@ -42,8 +42,11 @@ from grpo.metrics import Column, ConsoleTable
 from grpo.model.params import Params
 from grpo.policy import Policy
 from grpo.rollout import sample_and_score
+from grpo.runtime import hosts
+from grpo.runtime.signals import StopSignal
+from grpo.runtime.watchdog import Watchdog, telling
+from grpo.runtime.workdir import Workdir
 from grpo.scoring import Scorer, check_rewards
-from grpo.signals import StopSignal
 from grpo.stages.traces import (
     check_rows,
     chosen,
@@ -53,8 +56,6 @@ from grpo.stages.traces import (
     write_parquet,
 )
 from grpo.structs import LENGTH, STOP, Rollout, Scores
-from grpo.watchdog import Watchdog, telling
-from grpo.workdir import Workdir
 from rewards.api import Problem
 
 _KEY = 0x72656A  # keeps its random numbers apart from those of training and evaluation

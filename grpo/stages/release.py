@@ -15,14 +15,15 @@ from typing import Any
 
 import jax
 
-from grpo import hosts, runinfo
+from grpo import runinfo
 from grpo.config import Config, track_reads, validate
 from grpo.data.prompts import encode_prompt
 from grpo.export import export
-from grpo.host_memory import resident_gib
 from grpo.model.params import num_params
+from grpo.runtime import hosts
+from grpo.runtime.host_memory import resident_gib
 from grpo.source import fitting_mesh, open_source
-from grpo.speaker import Speaker, make_speaker
+from grpo.talk.speaker import Speaker, make_speaker
 
 _ASKED = 8  # problems that are timed, after one that is not
 _GB = 10**9

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from grpo import hosts
 from grpo.batch import Sample, pack, row_shape, to_device, totals
 from grpo.checkpoint import Checkpoints
 from grpo.config import Config
@@ -21,8 +20,11 @@ from grpo.loss import sft_loss
 from grpo.metrics import SFT_COLUMNS, ConsoleTable, MetricLog
 from grpo.model.params import Params, attention_share
 from grpo.policy import Policy
+from grpo.runtime import hosts
+from grpo.runtime.signals import StopSignal
+from grpo.runtime.watchdog import Watchdog
+from grpo.runtime.workdir import Workdir
 from grpo.sharding import batch_ways
-from grpo.signals import StopSignal
 from grpo.structs import TrainState
 from grpo.update import (
     Offload,
@@ -33,8 +35,6 @@ from grpo.update import (
     learning_rate,
     make_optimizer,
 )
-from grpo.watchdog import Watchdog
-from grpo.workdir import Workdir
 from rewards.api import Problem
 
 _SHOW_EVERY = 10  # steps a console line: supervised steps are short

@@ -9,15 +9,16 @@ in DIR what a reinforcement-learning run leaves there: checkpoints, which `model
 from contextlib import ExitStack
 from pathlib import Path
 
-from grpo import hosts, runinfo
+from grpo import runinfo
 from grpo.build import start
 from grpo.checkpoint import params_sha256
 from grpo.config import Config, check_all_read
-from grpo.host_memory import return_free_pages
-from grpo.signals import StopSignal
+from grpo.runtime import hosts
+from grpo.runtime.host_memory import return_free_pages
+from grpo.runtime.signals import StopSignal
+from grpo.runtime.watchdog import telling
 from grpo.stages.sft import SftStage
 from grpo.structs import TrainState
-from grpo.watchdog import telling
 
 
 def supervise(config: Config, workdir: str | Path, baseline: Config | None = None) -> TrainState:

@@ -8,7 +8,7 @@ from grpo import fetch
 from grpo.config import ModelConfig
 from grpo.model.arch import Arch
 from grpo.model.families import arch_from_hf
-from grpo.model.weights import read_arch
+from grpo.model.files.weights import read_arch
 from grpo.source import new_arch, new_tokenizer
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from grpo import hosts
 from grpo.config import EvalConfig
 from grpo.data.sources import ProblemSource
 from grpo.engine.engine import Engine
 from grpo.engine.sampling import Filters
-from grpo.estimators import bootstrap_interval, majority_at_k, pass_at_k
+from grpo.measure.estimators import bootstrap_interval, majority_at_k, pass_at_k
 from grpo.metrics import JsonlWriter
 from grpo.model.params import Params
 from grpo.rollout import readable_rows, sample_and_score
+from grpo.runtime import hosts
 from grpo.scoring import Scorer
 from grpo.structs import SOLVED, Rollout, Scores
 

@@ -20,7 +20,7 @@ import numpy as np
 from grpo.data.tokenizer import Tokenizer
 from grpo.engine.engine import Engine, Request
 from grpo.engine.sampling import Filters
-from grpo.held_out import Evaluator
+from grpo.measure.held_out import Evaluator
 from grpo.model.params import Params
 from grpo.rollout import stream
 from grpo.structs import EOS, LENGTH, Completion, Rollout

@@ -8,17 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo.model import families_gguf
 from grpo.model.arch import Arch
-from grpo.model.families_out import gguf_fields
-from grpo.model.params import Params
-from grpo.model.weights_out import (
+from grpo.model.files import families_gguf
+from grpo.model.files.families_out import gguf_fields
+from grpo.model.files.weights_out import (
     StoredTensor,
     interleaved_rows,
     rounded,
     stored_tensors,
     stored_values,
 )
+from grpo.model.params import Params
 
 GGUF_DTYPES = ("float16", "q8_0", "bfloat16", "float32")
 _GGML_TYPES = {"float16": "F16", "q8_0": "Q8_0", "bfloat16": "BF16", "float32": "F32"}

@@ -15,9 +15,9 @@ from grpo.launch import load_experiment
 from grpo.rollout import sample_and_score, stream
 from grpo.scoring import Scorer
 from grpo.source import Source, config_of
-from grpo.speaker import Speaker
 from grpo.structs import Completion, Scores
-from grpo.terminal import ThoughtStream, opens_thought, shown
+from grpo.talk.speaker import Speaker
+from grpo.talk.terminal import ThoughtStream, opens_thought, shown
 from rewards.api import Batched, Problem, Reward
 from rewards.loading import load_reward
 

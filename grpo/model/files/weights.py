@@ -18,8 +18,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from grpo.model import families, families_gguf
+from grpo.model import families
 from grpo.model.arch import Arch
+from grpo.model.files import families_gguf
 from grpo.model.params import MATRICES, Params, ParamSpec, param_table
 
 Index = tuple[slice, ...]  # of step 1; one for every axis

@@ -17,13 +17,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
 
-from grpo import hosts
-from grpo.estimators import bootstrap_interval
-from grpo.forcing import EXTENDED, FORCED, Forcer, with_drafts
-from grpo.held_out import Evaluator, majority_values, pass_values, tries
+from grpo.measure.estimators import bootstrap_interval
+from grpo.measure.forcing import EXTENDED, FORCED, Forcer, with_drafts
+from grpo.measure.held_out import Evaluator, majority_values, pass_values, tries
 from grpo.metrics import JsonlWriter
 from grpo.model.params import Params
 from grpo.rollout import judge, readable_rows
+from grpo.runtime import hosts
 from grpo.structs import Rollout, Scores
 from rewards.api import Score
 

@@ -7,8 +7,9 @@ here and never a file that computes something else.
 import dataclasses
 from typing import Any
 
-from grpo.model import families, families_gguf
+from grpo.model import families
 from grpo.model.arch import Arch
+from grpo.model.files import families_gguf
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _SWITCHES: dict[str, dict[str, bool]] = {  # what each family has, and is off

@@ -1,7 +1,7 @@
 """Weights out: our parameters under the names and in the layout that other programs read.
 
-The inverse of `grpo.model.weights`, over the same tables. Tensors leave one at a time: only one is
-ever whole, in the memory of a device or of a host, besides the shard that is being filled.
+The inverse of `grpo.model.files.weights`, over the same tables. Tensors leave one at a time: only
+one is ever whole, in the memory of a device or of a host, besides the shard that is being filled.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 
 from grpo.model import families
 from grpo.model.arch import Arch
+from grpo.model.files.weights import INPUT_AXES, flat_table, their_names
 from grpo.model.params import Params, ParamSpec
-from grpo.model.weights import INPUT_AXES, flat_table, their_names
 from grpo.sharding import replicated
 
 DTYPES = {

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import jax
 
-from grpo import hosts
+from grpo.runtime import hosts
 
 _LOOK_EVERY_S = 1.0
 _PHASE, _FAILED = "grpo/phase/", "grpo/failed/"

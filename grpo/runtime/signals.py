@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-from grpo import hosts
+from grpo.runtime import hosts
 
 
 class StopSignal:

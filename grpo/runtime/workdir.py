@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from grpo import hosts
+from grpo.runtime import hosts
 
 _SAVES = "checkpoints"  # folders of this name are not copied
 

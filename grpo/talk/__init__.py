@@ -1,0 +1,1 @@
+"""What `grpo.chat` is made of."""
