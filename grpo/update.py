@@ -279,15 +279,16 @@ class Update:
         sums = self.sums(state.params, microbatches, totals)
         return self._apply(state, sums)
 
-    def compile(self, batch: Batch) -> None:
-        """Compiles everything, for microbatches like `batch`, which may be abstract.
+    def compile(self, params: Params, empty: Batch) -> None:
+        """Compiles everything, for microbatches like `empty`: all padding, and on the mesh.
 
-        Nothing is run: what a program needs while it runs would come on top of what the compiler
-        needs, and the optimiser would consume a state.
+        The optimiser is compiled for a state that need not be there: it would consume it. The
+        others run once: called as they were compiled ahead of time, and not through `jax.jit`,
+        collectives of eight CPU devices were seen to wait for one another for ever.
         """
-        self._nothing, self._add, self._apply = (
-            program.function.lower(*program.arguments).compile() for program in self.programs(batch)
-        )
+        optimiser = self.programs(empty)[-1]
+        self._apply = optimiser.function.lower(*optimiser.arguments).compile()
+        jax.block_until_ready(self.sums(params, [empty], Totals(0, 0)))
 
     def programs(self, batch: Batch) -> list[Program]:
         """What `compile` compiles, for a microbatch that may be abstract; the optimiser last."""

@@ -336,7 +336,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     bench.engine.compile(bench.weights())
     empty = to_device(pack([], bench.row_shape).microbatches[0], bench.policy.mesh)
-    bench.update.compile(empty)
+    bench.update.compile(bench.state.params, empty)
     return_free_pages()
     bench.rollout(0)
     bench.learn(0)
