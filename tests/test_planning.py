@@ -377,5 +377,5 @@ def test_what_a_step_repeats():
 
 
 def test_a_model_without_a_shape_is_refused():
-    with pytest.raises(ValueError, match=r"--shape=CONFIG_JSON, or name one of Qwen2\.5-1\.5B"):
+    with pytest.raises(ValueError, match=r"--shape=CONFIG_JSON, or name one of Qwen2\.5-0\.5B"):
         find_arch(ModelConfig(source="/models/unheard-of"))
