@@ -283,8 +283,7 @@ class Update:
         """Compiles everything, for microbatches like `empty`: all padding, and on the mesh.
 
         The optimiser is compiled for a state that need not be there: it would consume it. The
-        others run once: called as they were compiled ahead of time, and not through `jax.jit`,
-        collectives of eight CPU devices were seen to wait for one another for ever.
+        others run once.
         """
         optimiser = self.programs(empty)[-1]
         self._apply = optimiser.function.lower(*optimiser.arguments).compile()

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 
 from grpo.model.arch import Arch
 
-_EXPONENTIAL = 200  # operations of a matrix product in the time of one
-
 Params = dict[str, Any]  # nested dict of arrays, as `param_table` names them
 
 # The matrices of a layer, and how many of their leading axes (the layer's own left out) are summed
@@ -213,12 +211,8 @@ def active_params(arch: Arch) -> int:
 
 
 def attention_share(arch: Arch) -> float:
-    """What attending to one position costs, over what one token's matrix products do.
-
-    In operations of matrix products; the exponential of a score takes as long as some hundreds of
-    them, on a CPU (2 ns) and on accelerators, and weighs most where heads are narrow.
-    """
+    """Operations to attend to one position, over those of one token's matrix products."""
     specs = [spec for spec in param_table(arch).values() if isinstance(spec, ParamSpec)]
     outside = sum(math.prod(spec.shape) for spec in specs)
-    attended = (4 * arch.head_width + _EXPONENTIAL) * arch.num_heads * arch.num_layers
+    attended = 4 * arch.num_heads * arch.head_width * arch.num_layers
     return attended / (2 * (active_params(arch) - outside))
