@@ -41,18 +41,17 @@ def write(config: Config, workdir: Path) -> None:
     """
     if not hosts.is_main():
         return
-    workdir.mkdir(parents=True, exist_ok=True)
     new, path = describe(config), workdir / "config.json"
     if path.exists():
         changed = list(_differences(json.loads(path.read_text()), new))
         if changed:
             print("this run was configured differently before:\n  " + "\n  ".join(changed))
-    path.write_text(json.dumps(new, indent=2) + "\n")
+    write_json(path, new)
     environment = _software() | {
         "devices": [str(device) for device in jax.devices()],
         "processes": jax.process_count(),
     }
-    (workdir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    write_json(workdir / "environment.json", environment)
 
 
 def check_unchanged(path: Path, made_with: Mapping[str, Any]) -> None:
@@ -72,10 +71,7 @@ def check_unchanged(path: Path, made_with: Mapping[str, Any]) -> None:
             return
         ours = json.loads(json.dumps(made_with))
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(json.dumps(ours, indent=2) + "\n")
-            os.replace(partial, path)
+            write_json(path, ours)
             return
         changed = list(_differences(json.loads(path.read_text()), ours, ""))
         if changed:
@@ -88,7 +84,24 @@ def check_unchanged(path: Path, made_with: Mapping[str, Any]) -> None:
 def write_result(workdir: Path, **result: Any) -> None:
     """result.json, written by process 0 when a run has ended well."""
     if hosts.is_main():
-        (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_json(workdir / "result.json", result)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a file in one step: whatever ends the process, the old is whole or the new is.
+
+    Args:
+      path: its folder is made.
+      value: JSON-able.
+    """
+    text = json.dumps(value, indent=2) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a machine that goes down may keep the name without the bytes
+    os.replace(partial, path)
 
 
 def dump_batch(workdir: Path, step: int, microbatches: Sequence[Batch]) -> None:

@@ -11,12 +11,12 @@ import functools
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from grpo.config import Config, describe
+from grpo.runinfo import write_json
 
 _OURS = ("grpo", "rewards")  # whose versions the manifest records; users' code is part of the key
 TRACES = "traces.jsonl"
@@ -173,11 +173,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object; remove it to begin anew")
     return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a file in one step: it is there as a whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -16,7 +16,7 @@ from grpo import runinfo
 from grpo.config import Config, describe
 from grpo.evaluate import evaluate
 from grpo.pipeline.chain import Pipeline, Stage, check_pipeline, filled, put
-from grpo.pipeline.manifest import Manifest, Output, find_output, read_json, stage_key, write_json
+from grpo.pipeline.manifest import Manifest, Output, find_output, read_json, stage_key
 from grpo.pipeline.scores import Row, draw_scores, scores_console, scores_markdown
 from grpo.runtime import hosts
 from grpo.runtime.host_memory import return_free_pages
@@ -135,7 +135,8 @@ def _run_stage(
     if hosts.is_main():
         manifest.forget(stage.name)
         spent = _take_over(folder, key, workdir)
-        write_json(folder / "stage.json", {"key": key, "started": started, "spent_s": spent})
+        begun = {"key": key, "started": started, "spent_s": spent}
+        runinfo.write_json(folder / "stage.json", begun)
     hosts.from_main(0)  # nobody begins before the folder is there
     config = filled(stage, made)
     stage.run(config, folder, config)

@@ -391,7 +391,7 @@ def _select(run: _Run) -> None:
             counts.append(json.loads(next(lines)))
             passed += [json.loads(line) for line in lines]
     rows, summary = chosen(passed, counts, run.config.rejection, run.config.seed)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    runinfo.write_json(folder / "summary.json", summary)
     print(table_of(summary))
     if not passed:
         raise ValueError(
