@@ -144,3 +144,13 @@ def test_a_field_that_a_supervised_run_does_not_read_is_an_error(tmp_path):
 def test_a_release_needs_a_model_and_something_to_ask(tmp_path):
     with pytest.raises(ValueError, match=r"model\.source and data\.train"):
         release(Config(), tmp_path)
+
+
+def test_a_field_that_a_release_does_not_read_is_an_error(tmp_path):
+    config = Config()
+    config.model.source, config.data.train = "none", get_config().data.train
+    config.sample.max_new_tokens, config.sample.temperature = 8, 0.5
+    with pytest.raises(ValueError, match="these fields are set but .*") as told:
+        release(config, tmp_path)
+    assert "config.sample.temperature=0.5" in str(told.value)
+    assert str(told.value).count("config.") == 1  # those that are read may be set

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from grpo import runinfo
-from grpo.config import Config, track_reads, validate
+from grpo.config import Config, check_all_read, track_reads, validate
 from grpo.data.prompts import encode_prompt
 from grpo.export import export
 from grpo.model.params import num_params
@@ -35,21 +35,25 @@ def release(config: Config, workdir: str | Path, baseline: Config | None = None)
     Args:
       config: its `model.source`, `data.train` and the prompt and completion limits.
       workdir: a folder.
-      baseline: not looked at: everything else of the configuration is another stage's.
+      baseline: the configuration as its author left it; everything else that differs from it is
+        an error.
 
     Returns:
       What is in result.json.
 
     Raises:
-      ValueError: nothing to release or to ask, or a model that a kind of file cannot hold.
+      ValueError: nothing to release or to ask, a field that is not used, or a model that a kind of
+        file cannot hold.
     """
-    del baseline
     validate(config, scored=False)
     track_reads(config)
-    if not config.model.source or config.data.train is None:
+    released, problems = config.model.source, config.data.train
+    max_prompt, max_new = config.data.max_prompt_tokens, config.sample.max_new_tokens
+    check_all_read(config, baseline or Config())
+    if not released or problems is None:
         raise ValueError("model.source and data.train must say what is released, and what to ask")
     workdir = Path(workdir)
-    source, folder, file = open_source(config.model.source), workdir / "hf", workdir / "model.gguf"
+    source, folder, file = open_source(released), workdir / "hf", workdir / "model.gguf"
     for out in (folder, file):
         if not out.exists():
             export(source, out)
@@ -60,13 +64,13 @@ def release(config: Config, workdir: str | Path, baseline: Config | None = None)
             written,
             mesh,
             group_size=1,
-            max_prompt=config.data.max_prompt_tokens,
-            max_new=config.sample.max_new_tokens,
+            max_prompt=max_prompt,
+            max_new=max_new,
             temperature=0.0,
         )
         prompts = [
-            encode_prompt(speaker.tokenizer, config.data.train[i])
-            for i in range(min(_ASKED + 1, len(config.data.train)))
+            encode_prompt(speaker.tokenizer, problems[i])
+            for i in range(min(_ASKED + 1, len(problems)))
         ]
         speed = tokens_per_s(speaker, prompts)
     sizes = {path.name: path.stat().st_size for path in (*folder.glob("*.safetensors"), file)}
