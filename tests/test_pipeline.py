@@ -4,8 +4,11 @@ import copy
 import dataclasses
 import functools
 import json
+import sys
 
 import pytest
+from absl import logging
+from absl.testing import flagsaver
 
 from grpo.config import Config, ModelConfig, SftConfig
 from grpo.data.procedural import DigitChain
@@ -13,7 +16,7 @@ from grpo.data.sources import JsonlProblems
 from grpo.data.tokenizer import ByteTokenizer
 from grpo.model.params import active_params
 from grpo.pipeline import Pipeline, Stage
-from grpo.pipeline.__main__ import plan_lines
+from grpo.pipeline.__main__ import main, plan_lines
 from grpo.pipeline.chain import check_pipeline
 from grpo.pipeline.costs import expected_cost
 from grpo.pipeline.manifest import Manifest, own_code, stage_key
@@ -155,6 +158,69 @@ def test_a_dry_run_says_what_and_why_and_runs_nothing(tmp_path):
     assert "2. other: finished" in text and "took 0 s when it last ran" in text
     assert "3. tuned: runs: its configuration or code has changed" in text
     assert RAN == []
+
+
+def test_a_dry_run_of_some_stages_tells_what_a_run_of_them_would_do(tmp_path):
+    text = "\n".join(plan_lines(chain(), tmp_path, only=["base", "tuned"]))
+    assert "1. base: runs: was not run yet\n" in text
+    assert "2. other: left out; it was not run yet\n 3. tuned: runs: takes from base" in text
+    assert text.endswith(" 5. child: left out; it takes from data, to be run first")
+    for command in (
+        lambda: list(plan_lines(chain(), tmp_path, only=["base", "data"])),
+        lambda: run_pipeline(chain(), tmp_path, ["base", "data"]),
+    ):
+        with pytest.raises(ValueError, match="^stage 'data' takes from tuned, to be run first$"):
+            command()
+    text = "\n".join(plan_lines(chain(), tmp_path, only=["tuned"]))
+    assert "1. base: finished" in text and "3. tuned: runs: was not run yet" in text
+    with pytest.raises(ValueError, match="no stage 'dta'; there are base, other"):
+        next(plan_lines(chain(), tmp_path, only=["dta"]))
+
+
+FILE = """
+from grpo.config import Config
+from grpo.pipeline import Pipeline, Stage
+
+
+def stage(config, workdir, baseline):
+    (workdir / "result.json").write_text('{"params_sha256": "1"}')
+
+
+def get_pipeline():
+    return Pipeline((Stage("a", stage, Config()), Stage("b", stage, Config())))
+"""
+
+
+@pytest.fixture
+def command_line(monkeypatch, tmp_path):
+    """Runs a command line in this process; what it ended with."""
+    (tmp_path / "file.py").write_text(FILE)
+    verbosity = logging.get_verbosity()
+
+    def call(*arguments):
+        line = [f"--config={tmp_path / 'file.py'}", f"--workdir={tmp_path / 'run'}", *arguments]
+        monkeypatch.setattr(sys, "argv", ["pipeline", *line])
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code
+
+    yield call
+    logging.set_verbosity(verbosity)
+
+
+def test_the_command_runs_the_named_stages_or_tells_of_them(command_line, tmp_path, capsys):
+    assert not command_line("--dry_run", "--stages=b")
+    said = capsys.readouterr().out
+    assert "1. a: left out; it was not run yet" in said and "2. b: runs: was not" in said
+    assert not (tmp_path / "run").exists()
+    assert not command_line("--stages=b")
+    assert (tmp_path / "run" / "b").is_dir() and not (tmp_path / "run" / "a").exists()
+
+
+def test_a_topology_is_for_a_dry_run(command_line, tmp_path):
+    said = command_line("--topology=v5e:4x4")
+    assert said.startswith("error: --topology=v5e:4x4 is ") and "add --dry_run, or leave" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_manifest_tells_the_lineage(tmp_path):

@@ -11,11 +11,11 @@ from its checkpoints. After each stage that makes a model, it is measured on the
 problems: DIR/scores.md and DIR/scores.png.
 
   --dry_run          says what would run, why, and what it costs; runs nothing
-  --topology=v5e:8x8 with it: the hours it would take there
+  --topology=v5e:8x8 only with it: the hours it would take there
   --stages=a,b       only these; what they depend on must be there
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -26,7 +26,7 @@ from grpo.model.arch import Arch
 from grpo.pipeline.chain import Pipeline, check_pipeline
 from grpo.pipeline.costs import expected_cost
 from grpo.pipeline.manifest import Manifest, Output
-from grpo.pipeline.run import look, run_pipeline
+from grpo.pipeline.run import check_names, look, run_pipeline
 from grpo.planning.chips import Topology, parse_topology
 from grpo.planning.lower import use_no_device
 from grpo.planning.shapes import find_arch
@@ -34,18 +34,40 @@ from grpo.runtime.host_memory import return_large_blocks
 
 
 def plan_lines(
-    pipeline: Pipeline, workdir: Path, topology: Topology | None = None
+    pipeline: Pipeline,
+    workdir: Path,
+    topology: Topology | None = None,
+    only: Sequence[str] = (),
 ) -> Iterator[str]:
-    """What `run_pipeline` would do, a few lines a stage, with the hours it takes `topology`."""
+    """What `run_pipeline` would do, a few lines a stage.
+
+    Args:
+      pipeline: the stages.
+      workdir: the pipeline's folder.
+      topology: the machine whose hours are told; None: none are.
+      only: as for `run_pipeline`.
+
+    Raises:
+      ValueError: where `run_pipeline` would.
+    """
     check_pipeline(pipeline)
+    check_names(pipeline, only)
     manifest, made = Manifest(workdir / "manifest.json"), dict[str, Output]()
-    archs: dict[str, Arch] = {}
+    archs: dict[str, Arch] = {}  # of the stages that will be there
     for number, stage in enumerate(pipeline.stages, start=1):
-        state = look(stage, workdir, manifest, made)
+        state, title = look(stage, workdir, manifest, made), f"{number:2d}. {stage.name}"
         if state.finished is not None:
             made[stage.name] = state.finished
-        todo = "finished" if state.finished else f"runs: {state.why}"
-        yield f"{number:2d}. {stage.name}: {todo}"
+            yield f"{title}: finished"
+        elif only and stage.name not in only:
+            yield f"{title}: left out; it {state.why}"
+            continue
+        elif missing := sorted(set(stage.inputs.values()) - archs.keys()):
+            raise ValueError(
+                f"stage {stage.name!r} takes from {', '.join(missing)}, to be run first"
+            )
+        else:
+            yield f"{title}: runs: {state.why}"
         if stage.about:
             yield f"      {stage.about}"
         for path, source in sorted(stage.inputs.items()):
@@ -63,13 +85,17 @@ def main() -> None:
     workdir = flags.DEFINE_string("workdir", None, "folder of the pipeline", required=True)
     stages = flags.DEFINE_list("stages", [], "only these, by name")
     dry_run = flags.DEFINE_bool("dry_run", False, "say what would run, and run nothing")
-
     topology = flags.DEFINE_string(
         "topology", "", "with --dry_run: the machine whose hours are wanted, as grpo.plan knows it"
     )
     joined = define_processes()
 
     def start() -> None:
+        if topology.value and not dry_run.value:
+            raise ValueError(
+                f"--topology={topology.value} is for a --dry_run, which tells the hours it would "
+                "take there: add --dry_run, or leave --topology out"
+            )
         try:
             pipeline = load(path.value, "get_pipeline", Pipeline)()
         except ValueError as error:
@@ -78,14 +104,17 @@ def main() -> None:
             machine = parse_topology(topology.value) if topology.value else None
             if machine is not None:
                 use_no_device(machine, stand_ins=True)
-            for line in plan_lines(pipeline, Path(workdir.value), machine):
+            for line in plan_lines(pipeline, Path(workdir.value), machine, stages.value):
                 print(line, flush=True)
             return
         return_large_blocks()
         with joined():
             run_pipeline(pipeline, workdir.value, stages.value)
 
-    usage = "usage: python -m grpo.pipeline --config=FILE --workdir=DIR [--stages=A,B] [--dry_run]"
+    usage = (
+        "usage: python -m grpo.pipeline --config=FILE --workdir=DIR [--stages=A,B] "
+        "[--dry_run [--topology=v5e:8x8]]"
+    )
     command.run(start, usage=usage, expected=EXPECTED)
 
 

@@ -37,7 +37,7 @@ def run_pipeline(
       Exception: what a stage raises; everything before it stays finished.
     """
     check_pipeline(pipeline)
-    _check_names(pipeline, only)
+    check_names(pipeline, only)
     if "://" in str(workdir):
         raise ValueError(f"--workdir={workdir}: a pipeline needs a folder that all processes reach")
     with _keeping_programs(Path(workdir)):
@@ -70,7 +70,8 @@ def _run_stages(pipeline: Pipeline, workdir: Path, only: Sequence[str]) -> dict[
     return made
 
 
-def _check_names(pipeline: Pipeline, only: Sequence[str]) -> None:
+def check_names(pipeline: Pipeline, only: Sequence[str]) -> None:
+    """Raises ValueError if one of the names is no stage's."""
     names = [stage.name for stage in pipeline.stages]
     for name in only:
         if name not in names:
