@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import shutil
 import sys
 
 import pytest
@@ -94,6 +95,19 @@ def test_a_changed_stage_runs_again_and_so_does_what_depends_on_it(tmp_path):
     kept = sorted(path.name for path in (tmp_path / "replaced").iterdir())
     assert kept == ["child.1", "data.1", "tuned.1"]
     assert _read(tmp_path / "replaced" / "tuned.1") == "3 1 "
+
+
+def test_what_is_replaced_takes_the_first_free_name(tmp_path):
+    def kept():
+        return {path.name: _read(path) for path in (tmp_path / "replaced").glob("tuned.*")}
+
+    for seed in (3, 4, 5):
+        run_pipeline(chain(tuned=seed), tmp_path)
+    assert kept() == {"tuned.1": "3 1 ", "tuned.2": "4 1 "}
+    shutil.rmtree(tmp_path / "replaced" / "tuned.1")  # somebody makes room
+    run_pipeline(chain(tuned=6), tmp_path)
+    run_pipeline(chain(tuned=7), tmp_path)
+    assert kept() == {"tuned.1": "5 1 ", "tuned.2": "4 1 ", "tuned.3": "6 1 "}
 
 
 def test_an_output_that_stays_the_same_spares_what_depends_on_it(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -174,8 +175,8 @@ def _take_over(folder: Path, key: str, workdir: Path) -> float:
     if folder.exists():
         replaced = workdir / "replaced"
         replaced.mkdir(exist_ok=True)
-        number = sum(1 for other in replaced.iterdir() if other.name.startswith(f"{folder.name}."))
-        os.rename(folder, replaced / f"{folder.name}.{number + 1}")
+        kept = (replaced / f"{folder.name}.{number}" for number in itertools.count(1))
+        os.rename(folder, next(path for path in kept if not path.exists()))
         print(f"what {folder} held was made otherwise; it is in {replaced} now", flush=True)
     return 0.0
 
