@@ -2,8 +2,8 @@
 
 Source: arXiv:2501.12948. Sums are asked in English and Chinese and worked out in words; a language
   consistency reward pays for thinking in the language of the question. A careless teacher takes
-  the place of the web as a source of text: half of its chains contain a slip, half mix the
-  languages, a third lack the think tags.
+  the place of the web as a source of text: two fifths of its chains contain a slip, half mix the
+  languages, three tenths lack the think tags.
 Command: python -m grpo.pipeline --config=experiments/r1_tiny.py --workdir=runs/r1_tiny
 Hardware: two CPU cores, 2 GiB, less than 20 minutes.
 """
