@@ -1,7 +1,6 @@
 """Choosing problems by their running pass rates, alone and in a run that is stopped and resumed."""
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from logged_rows import rows
 from tiny_experiment import get_config
 
 from grpo import presets
@@ -172,10 +172,6 @@ def run(config: Config, workdir: Path) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("grpo.loop.report_run", lambda _: None)  # pictures, which take seconds
         return train(config, workdir, baseline=config)
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

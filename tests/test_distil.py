@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
-import os
 import signal
 from contextlib import ExitStack
 from functools import partial
@@ -16,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from logged_rows import rows, stop_after, timeless
 from tiny_experiment import get_config
 from tokenizers import Tokenizer as Core
 from tokenizers.models import WordLevel
@@ -36,7 +35,6 @@ from grpo.checkpoint import Checkpoints, params_sha256
 from grpo.config import Config, ModelConfig, OptimConfig
 from grpo.data.tokenizer import ByteTokenizer, HfTokenizer, difference
 from grpo.loss import distil_loss
-from grpo.metrics import MetricLog
 from grpo.model.arch import Arch
 from grpo.model.logprobs import comparison, over_chunks
 from grpo.model.params import map_table, param_table
@@ -331,15 +329,6 @@ def run(config: Config, workdir: Path) -> Any:
     return distil(config, workdir, baseline=config)
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def timeless(path: Path) -> list[dict[str, Any]]:
-    machine = ("time/", "memory/", "rollout/tokens_per_s", "rollout/idle_share")
-    return [{n: v for n, v in row.items() if not n.startswith(machine)} for row in rows(path)]
-
-
 @pytest.fixture(scope="module")
 def straight(teacher, tmp_path_factory):
     """A run that nothing disturbs: its folder and its final state."""
@@ -378,18 +367,6 @@ def test_sampler_and_trainer_agree_and_nothing_is_compiled_later(straight):
     assert all(row["sampler/gap_nats_max"] <= 1e-5 for row in metrics)
     assert len({row["engine/compiled"] for row in metrics}) == 1
     assert all(row["gates/warnings"] == 0 for row in metrics)
-
-
-def stop_after(rows_logged: int, patch: pytest.MonkeyPatch) -> None:
-    """The process gets a SIGTERM as soon as so many steps are logged."""
-    log, left = MetricLog.log, itertools.count(rows_logged, -1)
-
-    def log_then_stop(self, step, metrics):
-        log(self, step, metrics)
-        if next(left) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    patch.setattr(MetricLog, "log", log_then_stop)
 
 
 def test_a_run_stopped_half_way_ends_as_one_that_never_stopped(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from logged_rows import MACHINE, rows
 
 from grpo.runtime import hosts
 from grpo.runtime.hosts import joining
@@ -286,26 +287,15 @@ def test_a_process_that_cannot_go_on_ends_all(tmp_path, own, both_say, first_say
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def assert_close_metrics(ours: Path, theirs: Path) -> None:
     """All of them but times, to what float32 leaves of sums in another order."""
-    measured = (
-        "time/",
-        "memory/",
-        "rollout/tokens_per_s",
-        "rollout/idle_share",
-        "sft/tokens_per_s",
-    )
     # Differences that are rounding themselves; and how much of a microbatch of another shape is
     # padding, how many programs there are.
     rounding = ("sampler/gap", "sampler/kl", "engine/compiled")
     for got, expected in zip(rows(ours), rows(theirs), strict=True):
         assert got.keys() == expected.keys()
         for name in got:
-            if not name.startswith((*measured, *rounding)):
+            if not name.startswith((*MACHINE, *rounding)):
                 wanted = pytest.approx(expected[name], rel=1e-4, abs=1e-6)
                 assert got[name] == wanted, (got["step"], name)
 

@@ -1,10 +1,6 @@
 """Over-sampling: what a step takes, what it leaves, and that stopping changes nothing."""
 
 import functools
-import itertools
-import json
-import os
-import signal
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from logged_rows import stop_after, timeless
 from tiny_experiment import get_config
 from toy_model import ToyTokenizer
 
@@ -21,7 +18,6 @@ from grpo.build import build
 from grpo.carry import Carried, Group, first_complete, fresh, nothing, resumed, stored
 from grpo.config import Config
 from grpo.engine.engine import Begun, EngineStats
-from grpo.metrics import MetricLog
 from grpo.rollout import stream
 from grpo.structs import Completion, Scores
 from grpo.train import train
@@ -196,14 +192,6 @@ def run(config: Config, workdir: Path) -> Any:
     return train(config, workdir, baseline=config)
 
 
-def timeless(path: Path) -> list[dict[str, Any]]:
-    """Rows without the fields that measure the machine."""
-    machine = ("time/", "memory/", "rollout/tokens_per_s", "rollout/idle_share")
-    with path.open() as lines:  # a completion may hold what `splitlines` takes for a line's end
-        rows = [json.loads(line) for line in lines]
-    return [{n: v for n, v in row.items() if not n.startswith(machine)} for row in rows]
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A run that nothing disturbs: its folder and its final state."""
@@ -250,15 +238,8 @@ def test_a_run_stopped_and_resumed_ends_as_one_that_never_stopped(
     straight, tmp_path, monkeypatch, steps
 ):
     """What is carried is in the checkpoint: no token is sampled again, and none is lost."""
-    log, left = MetricLog.log, itertools.count(steps, -1)
-
-    def log_then_stop(self, number, metrics):
-        log(self, number, metrics)
-        if next(left) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(MetricLog, "log", log_then_stop)
+        stop_after(steps, patch)
         run(tiny(), tmp_path)
     assert_same_run(tmp_path, run(tiny(), tmp_path), straight)
 

@@ -1,17 +1,14 @@
 """Stages alone and in a chain: what one leaves another reads, and stopping changes nothing."""
 
-import itertools
 import json
-import os
-import signal
 
 import jax
 import pytest
+from logged_rows import rows, stop_after
 from tiny_experiment import get_config
 
 from grpo.checkpoint import params_sha256
 from grpo.config import Config
-from grpo.metrics import MetricLog
 from grpo.model.params import param_table
 from grpo.pipeline import Pipeline, Stage
 from grpo.pipeline.run import run_pipeline
@@ -52,18 +49,6 @@ def chain() -> Pipeline:
     return Pipeline(stages, scores, {"digits": "eval/component/digits"})
 
 
-def stop_after(rows: int, patch: pytest.MonkeyPatch) -> None:
-    """The process gets a SIGTERM as soon as so many steps are logged, of any stage."""
-    log, left = MetricLog.log, itertools.count(rows, -1)
-
-    def log_then_stop(self, step, metrics):
-        log(self, step, metrics)
-        if next(left) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    patch.setattr(MetricLog, "log", log_then_stop)
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A chain that nothing disturbs: its folder and what its stages made."""
@@ -77,10 +62,7 @@ def test_a_supervised_run_leaves_a_model_that_others_read(straight):
     mesh = make_mesh(1, 1, 1, chosen=jax.devices()[:1])
     params = source.read(param_shardings(param_table(source.arch), mesh))
     assert params_sha256(params) == made["base"].sha256
-    losses = [
-        json.loads(line)["sft/loss_nats"]
-        for line in (workdir / "base" / "metrics.jsonl").read_text().splitlines()
-    ]
+    losses = [row["sft/loss_nats"] for row in rows(workdir / "base" / "metrics.jsonl")]
     assert len(losses) == 4 and losses[-1] < losses[0]
 
 
@@ -103,10 +85,10 @@ def test_what_is_released_has_its_size_and_speed(straight):
     assert source.arch == open_source(str(workdir / "rl")).arch
 
 
-@pytest.mark.parametrize("rows", [2, 5], ids=["in_the_first_stage", "in_the_second"])
-def test_a_chain_that_was_stopped_makes_the_same(straight, tmp_path, monkeypatch, rows):
+@pytest.mark.parametrize("rows_logged", [2, 5], ids=["in_the_first_stage", "in_the_second"])
+def test_a_chain_that_was_stopped_makes_the_same(straight, tmp_path, monkeypatch, rows_logged):
     with monkeypatch.context() as patch:
-        stop_after(rows, patch)
+        stop_after(rows_logged, patch)
         with pytest.raises(SystemExit):
             run_pipeline(chain(), tmp_path)
     assert run_pipeline(chain(), tmp_path).keys() == straight[1].keys()

@@ -1,9 +1,7 @@
 """The loop: what stops it, and that stopping, resuming and measuring change nothing."""
 
 import functools
-import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from logged_rows import rows, stop_after, timeless
 from tiny_experiment import get_config
 
 from grpo import build, diagnose
@@ -22,7 +21,6 @@ from grpo.config import Config
 from grpo.evaluate import evaluate
 from grpo.gates import GateError
 from grpo.measure.forcing import BudgetSettings
-from grpo.metrics import MetricLog
 from grpo.train import train
 from grpo.update import Update
 
@@ -45,16 +43,6 @@ RL_ONLY: dict[str, Any] = {"sft__num_steps": 0, "eval__every": 0}
 
 def run(config: Config, workdir: Path) -> Any:
     return train(config, workdir, baseline=config)
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def timeless(path: Path) -> list[dict[str, Any]]:
-    """Rows without the fields that measure the machine."""
-    machine = ("time/", "memory/", "rollout/tokens_per_s", "rollout/idle_share", "sft/tokens_per_s")
-    return [{n: v for n, v in row.items() if not n.startswith(machine)} for row in rows(path)]
 
 
 def assert_same_files(workdir: Path, other: Path) -> None:
@@ -159,18 +147,6 @@ def test_another_seed_is_another_run(straight, tmp_path):
 
 
 # ---- Stopping and going on ---------------------------------------------------------------------
-
-
-def stop_after(rows_logged: int, patch: pytest.MonkeyPatch) -> None:
-    """The process gets a SIGTERM as soon as so many steps are logged, of any stage."""
-    log, left = MetricLog.log, itertools.count(rows_logged, -1)
-
-    def log_then_stop(self, step, metrics):
-        log(self, step, metrics)
-        if next(left) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    patch.setattr(MetricLog, "log", log_then_stop)
 
 
 def test_a_run_stopped_twice_ends_as_one_that_never_stopped(straight, tmp_path, monkeypatch):
