@@ -29,7 +29,7 @@ from grpo.runtime.watchdog import Watchdog
 from grpo.runtime.workdir import Workdir, open_workdir
 from grpo.schedule import Schedule, make_schedule
 from grpo.scoring import Scorer
-from grpo.sharding import batch_ways
+from grpo.sharding import batch_ways, platform_of
 from grpo.stages.sft import SftStage
 from grpo.structs import Batch, Scores, TrainState
 from grpo.update import (
@@ -250,7 +250,7 @@ def microbatch_shape(config: Config, policy: Policy) -> RowShape:
         samples=algo.problems_per_step * algo.group_size // algo.minibatches,
         microbatch_tokens=algo.microbatch_tokens,
         ways=batch_ways(policy.mesh),
-        attention_share=attention_share(policy.arch),
+        attention_share=attention_share(policy.arch, platform_of(policy.mesh)),
         routed=(policy.arch.routed_layers, experts.per_token) if experts else None,
     )
 

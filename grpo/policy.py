@@ -41,6 +41,7 @@ from grpo.sharding import (
     DECODE_RULES,
     make_mesh,
     param_shardings,
+    platform_of,
     propagated,
     replicated,
     specs_of,
@@ -196,7 +197,7 @@ def lay_out(
 
     decoding = decode_table(join(table, base_table, in_table), arch.num_layers)
     decode_shardings = param_shardings(decoding, mesh, DECODE_RULES)
-    platform = mesh.devices.flat[0].platform
+    platform = platform_of(mesh)
     settings: Any = {
         "dtype": model.compute_dtype,
         "remat": model.remat,

@@ -145,6 +145,11 @@ def batch_ways(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
 
 
+def platform_of(mesh: Mesh) -> str:
+    """ "cpu", "gpu", "tpu", as jax names what the mesh is made of."""
+    return mesh.devices.flat[0].platform
+
+
 def specs_of(shardings: Any) -> Any:
     """The PartitionSpecs of a tree of NamedShardings."""
     return jax.tree.map(lambda sharding: sharding.spec, shardings)

@@ -69,7 +69,7 @@ def train(config: Config, workdir: str | Path, baseline: Config | None = None) -
         ref_params = run.keep_reference(starting_params(run, stop)) if fixed else None
         phase("compiling")
         run.engine.compile(run.policy.for_decoding(state.params))
-        run.update.compile(state.params, run.empty_batch)
+        run.update.compile(run.empty_batch)
         return_free_pages()
         log = stack.enter_context(MetricLog(workdir, resume_step=first))
         texts = None

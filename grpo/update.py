@@ -279,15 +279,15 @@ class Update:
         sums = self.sums(state.params, microbatches, totals)
         return self._apply(state, sums)
 
-    def compile(self, params: Params, empty: Batch) -> None:
-        """Compiles everything, for microbatches like `empty`: all padding, and on the mesh.
+    def compile(self, batch: Batch) -> None:
+        """Compiles everything, for microbatches like `batch`, and runs nothing.
 
-        The optimiser is compiled for a state that need not be there: it would consume it. The
-        others run once.
+        Arrays and what the compiler needs would be there at the same time, and be the peak of
+        memory of the whole run.
         """
-        optimiser = self.programs(empty)[-1]
-        self._apply = optimiser.function.lower(*optimiser.arguments).compile()
-        jax.block_until_ready(self.sums(params, [empty], Totals(0, 0)))
+        self._nothing, self._add, self._apply = (
+            program.function.lower(*program.arguments).compile() for program in self.programs(batch)
+        )
 
     def programs(self, batch: Batch) -> list[Program]:
         """What `compile` compiles, for a microbatch that may be abstract; the optimiser last."""

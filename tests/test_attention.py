@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from toy_model import ARCH, mesh_of
 
-from grpo.model import splash
-from grpo.model.attention import chosen_attention, tree_attention, tree_mask
+from grpo.model import blockwise, splash
+from grpo.model.attention import attention, chosen_attention, tree_attention
+from grpo.model.masks import tree_mask
 
 R, T, H = 4, 150, 8
 
@@ -59,6 +60,45 @@ def by_xla(N: int, K: int, score_cap: float | None = None) -> Any:
 
 
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("T", [11, 12], ids=["a shorter last block", "whole blocks"])
+@pytest.mark.parametrize("window, score_cap", [(None, None), (3, None), (None, 2.0), (3, 2.0)])
+def test_blockwise_attention_is_attention(monkeypatch, T, window, score_cap):
+    """Value and gradients, against one softmax over the whole row that jax differentiates."""
+    rng = np.random.default_rng(0)
+    qkv = [jnp.asarray(rng.normal(size=(2, T, heads, 3)), jnp.float32) for heads in (4, 2, 2)]
+    slope_RTNH = jnp.asarray(rng.normal(size=(2, T, 4, 3)), jnp.float32)
+    groups_RT = jnp.asarray([[1] * (T - 2) + [0] * 2, [1] * 6 + [2] * (T - 6)])
+    branches_RT = jnp.zeros((2, T), jnp.int32).at[:, 3:].set(1).at[:, 8:].set(2)
+    positions_RT = jnp.where(branches_RT == 2, jnp.arange(T) - 5, jnp.arange(T))
+    tree = groups_RT, branches_RT, positions_RT, window
+    monkeypatch.setattr(blockwise, "_BLOCK", 4)
+
+    def whole(q, k, v):
+        mask_RTT = tree_mask(groups_RT, branches_RT, 0, T, positions_RT, window)
+        return attention(q, k, v, mask_RTT, score_cap)
+
+    def run(attend):
+        def loss(*qkv):
+            out_RTNH = attend(*qkv) * (groups_RT > 0)[..., None, None]
+            return jnp.sum(out_RTNH * slope_RTNH), out_RTNH
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
+
+    got = run(lambda *qkv: tree_attention(*qkv, *tree, score_cap))
+    jax.tree.map(close, got, run(whole))
+    assert all(np.abs(gradient).max() > 0.1 for gradient in got[1])
+
+
+def test_the_weights_of_attention_are_not_kept():
+    """Where attention outputs are kept, the backward pass needs nothing of size T x T."""
+    tree = tuple(map(jnp.asarray, trees()))
+    policy = jax.checkpoint_policies.save_only_these_names("attn_out")
+    attend = jax.checkpoint(lambda *qkv: tree_attention(*qkv, *tree), policy=policy)
+    kept = jax.tree.leaves(jax.vjp(attend, *inputs(4, 2))[1])
+    assert sum(leaf.shape == (R, T, 4, H) for leaf in kept) == 2  # queries and what comes out
+    assert all(leaf.shape.count(T) < 2 for leaf in kept)
 
 
 @pytest.mark.parametrize("score_cap", [None, 2.0])

@@ -16,9 +16,8 @@ from toy_model import ARCH, ToyTokenizer, mesh_of, toy_params
 from grpo import fetch
 from grpo.batch import RowShape, Sample, pack, unpack
 from grpo.engine.engine import Engine, Request
-from grpo.model import attention
 from grpo.model.arch import REMAT_CHOICES, Arch
-from grpo.model.attention import shared_prefix_attention, tree_attention, tree_mask
+from grpo.model.attention import shared_prefix_attention
 from grpo.model.decoder import (
     decode_step,
     empty_cache,
@@ -31,6 +30,7 @@ from grpo.model.decoder import (
 from grpo.model.files.weights import load_weights, read_arch
 from grpo.model.linear import linear
 from grpo.model.logprobs import completion_logprobs
+from grpo.model.masks import tree_mask
 from grpo.model.params import Params, init_params, map_table, num_params, param_table
 from grpo.model.rope import frequencies
 
@@ -207,29 +207,6 @@ def test_tree_mask_is_what_a_plain_loop_says(start, stop, window):
     got = tree_mask(groups, branches, start, stop, jnp.asarray(positions_RT), window)
     np.testing.assert_array_equal(got, expected)
     assert got.any() and not got.all()
-
-
-@pytest.mark.parametrize("block", [3, 4])
-def test_attention_by_blocks_is_attention(monkeypatch, block):
-    """Value and gradient; with a last block that is shorter, and without."""
-    T, N, K, H = 8, 4, 2, 3
-    rng = np.random.default_rng(0)
-    qkv = [jnp.asarray(rng.normal(size=(2, T, heads, H)), jnp.float32) for heads in (N, K, K)]
-    groups_RT, branches_RT = some_tree(T)
-    used_RT11 = (groups_RT > 0)[..., None, None]
-    assert attention._BLOCK > T
-
-    def in_blocks_of(size: int):
-        def run(qkv):
-            q_RTNH, k_RTKH, v_RTKH = qkv
-            tree = jnp.asarray(groups_RT), jnp.asarray(branches_RT)
-            out = tree_attention(q_RTNH, k_RTKH, v_RTKH, *tree) * used_RT11
-            return jnp.sum(jnp.sin(out)), out
-
-        monkeypatch.setattr(attention, "_BLOCK", size)
-        return jax.jit(jax.value_and_grad(run, has_aux=True))(qkv)
-
-    jax.tree.map(close, in_blocks_of(block), in_blocks_of(T))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 1e-2)])

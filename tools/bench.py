@@ -38,7 +38,7 @@ from grpo.model.arch import Arch
 from grpo.model.params import Params, attention_share, num_params
 from grpo.policy import Policy, lay_out
 from grpo.runtime.host_memory import return_free_pages, return_large_blocks
-from grpo.sharding import batch_ways, make_mesh
+from grpo.sharding import batch_ways, make_mesh, platform_of
 from grpo.source import open_source
 from grpo.structs import Completion, Scores, TrainState
 from grpo.update import Update, decayed_params, init_state, learning_rate, make_optimizer
@@ -224,7 +224,7 @@ class Bench:
             samples=args.prompts * args.group,
             microbatch_tokens=args.microbatch_tokens,
             ways=batch_ways(mesh),
-            attention_share=attention_share(self.policy.arch),
+            attention_share=attention_share(self.policy.arch, platform_of(mesh)),
         )
         optim = OptimConfig(learning_rate=1e-6)
         rate = learning_rate(optim, optim.learning_rate, 0, 1000)
@@ -336,7 +336,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     bench.engine.compile(bench.weights())
     empty = to_device(pack([], bench.row_shape).microbatches[0], bench.policy.mesh)
-    bench.update.compile(bench.state.params, empty)
+    bench.update.compile(empty)
     return_free_pages()
     bench.rollout(0)
     bench.learn(0)

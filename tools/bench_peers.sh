@@ -11,6 +11,7 @@
 #   --model=DIR          Hugging Face folder of SmolLM2-135M-Instruct, in float32
 #   --data=FILE          GSM8K as JSON lines
 #   --trainers=A,B       which of ours,tunix,trl, and in which order; default: all
+#   --ours=FLAGS         more flags of tools/bench.py for ours, for instance --remat=attn
 #   --rounds=3           how often each is run; they take turns, one at a time
 #   --steps=3            steps a run; the first one warms up and is not timed
 #   --time_limit_s=1800  what one run may take
@@ -31,7 +32,7 @@ fail() {
   exit 2
 }
 
-workloads=() model="" data="" trainers=ours,tunix,trl rounds=3 steps=3 time_limit_s=1800 out=""
+workloads=() ours=() model="" data="" trainers=ours,tunix,trl rounds=3 steps=3 time_limit_s=1800 out=""
 for argument; do
   value=${argument#*=}
   case $argument in
@@ -39,6 +40,7 @@ for argument; do
     --model=*) model=$(realpath -- "$value") ;;
     --data=*) data=$(realpath -- "$value") ;;
     --trainers=*) trainers=$value ;;
+    --ours=*) read -ra ours <<<"$value" ;;
     --rounds=*) rounds=$value ;;
     --steps=*) steps=$value ;;
     --time_limit_s=*) time_limit_s=$value ;;
@@ -92,7 +94,7 @@ command_of() {
   esac
   if [[ $trainer == ours ]]; then
     command=("$PYTHON" tools/bench.py step --shape=smollm2-135m "${shape[@]}"
-      "--lengths=$lengths" "${weights[@]}" "--repeats=$((steps - 1))" --json)
+      "--lengths=$lengths" "${weights[@]}" "--repeats=$((steps - 1))" --json "${ours[@]}")
   else
     # Microbatches of one prompt: with all at once Tunix is killed for memory at 4 x 8.
     command=("$PEERS_VENVS/$trainer/bin/python" -m "tools.peers.${trainer}_grpo" "${shape[@]}"
@@ -146,6 +148,7 @@ done
 mkdir -p "$out"
 : >"$out/records.jsonl"
 export HF_HUB_OFFLINE=1 PYTHONPATH=.
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 # large pages, for all of them
 trap 'exit 130' INT # otherwise Ctrl-C ends one run, and the next one starts
 for workload in "${workloads[@]}"; do
   for ((round = 1; round <= rounds; round++)); do

@@ -62,7 +62,7 @@ def measured(config: Config) -> float:
         run = build(config, workdir, stack, config)
         state = run.new_state(run.policy.initial_params())
         run.engine.compile(run.policy.for_decoding(state.params))
-        run.update.compile(state.params, run.empty_batch)
+        run.update.compile(run.empty_batch)
         del state
         gc.collect()
         return_free_pages()

@@ -22,10 +22,10 @@ import numpy as np
 from grpo.batch import RowShape, Sample, pack, unpack
 from grpo.engine.engine import Engine, Request
 from grpo.model.arch import Arch
-from grpo.model.attention import capped
 from grpo.model.decoder import decode_step, empty_cache, head, hidden_states, prefill, to_decode
 from grpo.model.files.weights import load_weights, read_arch
 from grpo.model.logprobs import completion_logprobs
+from grpo.model.masks import capped
 from grpo.model.params import Params
 from grpo.sharding import make_mesh
 from tools import tiny_models

@@ -4,13 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from grpo.model.arch import Arch
+from grpo.model.blockwise import Tree, blockwise_attention
+from grpo.model.masks import capped, tree_mask
 
 KV = tuple[jax.Array, jax.Array]  # keys and values, each [B, S, K, H]
-
-
-_BLOCK = 256  # queries whose attention scores exist at one time
 
 
 def attention(
@@ -43,40 +43,6 @@ def _capped_attention(
     return jnp.einsum("bknts,bskh->btknh", weight_BKnTS, v_BSKH).reshape(B, T, N, H)
 
 
-def capped(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(x / cap), which never leaves (-cap, cap) (arXiv:2408.00118, section 2)."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def tree_mask(
-    groups_RT: jax.Array,
-    branches_RT: jax.Array,
-    start: int,
-    stop: int,
-    positions_RT: jax.Array | None = None,
-    window: Any = None,
-) -> jax.Array:
-    """bool [R, stop - start, stop]: which slots before `stop` each slot from `start` on sees.
-
-    A token sees earlier tokens of its own branch and of its group's prompt (branch 0). Slots and
-    positions order alike within a branch, so slots give the causal order. With a window it sees
-    only those at its own and the `window` - 1 positions before.
-    """
-    group_Rq1, group_R1s = groups_RT[:, start:stop, None], groups_RT[:, None, :stop]
-    branch_Rq1, branch_R1s = branches_RT[:, start:stop, None], branches_RT[:, None, :stop]
-    causal_qs = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
-    related_Rqs = (branch_R1s == 0) | (branch_R1s == branch_Rq1)
-    seen_Rqs = causal_qs & (group_Rq1 == group_R1s) & related_Rqs & (group_Rq1 > 0)
-    if window is None or positions_RT is None:
-        return seen_Rqs
-    return seen_Rqs & within(window, positions_RT[:, start:stop], positions_RT[:, :stop])
-
-
-def within(window: Any, query_BT: jax.Array, key_BS: jax.Array) -> jax.Array:
-    """bool [B, T, S]: whether a key is at most `window` - 1 positions before a query."""
-    return query_BT[:, :, None] - key_BS[:, None, :] < window
-
-
 def tree_attention(
     q_RTNH: jax.Array,
     k_RTKH: jax.Array,
@@ -90,6 +56,8 @@ def tree_attention(
     implementation: str = "xla",
 ) -> jax.Array:
     """Attention of packed rows; see `tree_mask` for who sees whom.
+
+    What the backward pass needs of it is named "attn_out", for the policies of `jax.checkpoint`.
 
     Args:
       q_RTNH: queries.
@@ -108,8 +76,10 @@ def tree_attention(
 
         return splash_tree_attention(*qkv, groups_RT, branches_RT, score_cap=score_cap)
     if implementation == "cudnn":
-        return _cudnn_tree_attention(*qkv, groups_RT, branches_RT, positions_RT, window)
-    return _xla_tree_attention(*qkv, groups_RT, branches_RT, positions_RT, window, score_cap)
+        mixed_RTNH = _cudnn_tree_attention(*qkv, groups_RT, branches_RT, positions_RT, window)
+        return checkpoint_name(mixed_RTNH, "attn_out")
+    tree = Tree(groups_RT, branches_RT, positions_RT, window)
+    return blockwise_attention(*qkv, tree, score_cap)
 
 
 def chosen_attention(wanted: str, platform: str, arch: Arch, dtype: str) -> str:
@@ -181,26 +151,6 @@ def _cudnn_tree_attention(
         implementation="cudnn",
     )
     return mixed_RTNH[:, :T]
-
-
-def _xla_tree_attention(
-    q_RTNH: jax.Array,
-    k_RTKH: jax.Array,
-    v_RTKH: jax.Array,
-    groups_RT: jax.Array,
-    branches_RT: jax.Array,
-    positions_RT: jax.Array | None,
-    window: Any,
-    score_cap: float | None,
-) -> jax.Array:
-    """A block of queries at a time: half of the square is never made."""
-    T, mixed = q_RTNH.shape[1], []
-    for start in range(0, T, _BLOCK):
-        stop = min(start + _BLOCK, T)
-        mask_RqS = tree_mask(groups_RT, branches_RT, start, stop, positions_RT, window)
-        q, k, v = q_RTNH[:, start:stop], k_RTKH[:, :stop], v_RTKH[:, :stop]
-        mixed.append(attention(q, k, v, mask_RqS, score_cap))
-    return jnp.concatenate(mixed, axis=1)
 
 
 def shared_prefix_attention(

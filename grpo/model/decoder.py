@@ -22,13 +22,12 @@ from grpo.model.arch import Arch, Latent
 from grpo.model.attention import (
     KV,
     attention,
-    capped,
     shared_prefix_attention,
     tree_attention,
-    within,
 )
 from grpo.model.embedding import embed_tokens
 from grpo.model.linear import Adapted, Weight, in_dtype, project
+from grpo.model.masks import capped, within
 from grpo.model.params import Params, ParamSpec, param_table
 from grpo.model.quantise import Quantised, dequantise, quantise
 from grpo.model.rope import Yarn, frequencies
@@ -282,7 +281,7 @@ def hidden_states(
                 arch.score_cap,
                 implementation=attention_by,
             )
-            return checkpoint_name(mixed, "attn_out"), None
+            return mixed, None
 
         return block(weights, x_RTD, positions_RT, arch, layer, attend, chosen_RTk)[0]
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from grpo.model.arch import Arch
-from grpo.model.attention import capped
 from grpo.model.decoder import head, hidden_states
+from grpo.model.masks import capped
 from grpo.model.params import Params
 from grpo.sharding import propagated, shard, spec
 from grpo.structs import Batch, Comparison
@@ -25,7 +25,7 @@ class Outputs(NamedTuple):
     Attributes:
       hidden_RTD: final hidden states.
       head_DV: output matrix.
-      logit_cap: see `grpo.model.attention.capped`.
+      logit_cap: see `grpo.model.masks.capped`.
     """
 
     hidden_RTD: jax.Array

@@ -16,6 +16,8 @@ Params = dict[str, Any]  # nested dict of arrays, as `param_table` names them
 # over in a product; the rest are its outputs.
 MATRICES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 
+_SLOWER_ON_CPU = 4  # an operation of attention: narrow heads, masks, exponentials (measured)
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
@@ -210,9 +212,13 @@ def active_params(arch: Arch) -> int:
     return num_params(arch) - routed // E * (E - k)
 
 
-def attention_share(arch: Arch) -> float:
-    """Operations to attend to one position, over those of one token's matrix products."""
+def attention_share(arch: Arch, platform: str) -> float:
+    """What it costs to attend to one position, over the cost of one token's matrix products.
+
+    Operations; on a CPU, where those of attention take longer each, that many times more.
+    """
     specs = [spec for spec in param_table(arch).values() if isinstance(spec, ParamSpec)]
     outside = sum(math.prod(spec.shape) for spec in specs)
     attended = 4 * arch.num_heads * arch.head_width * arch.num_layers
-    return attended / (2 * (active_params(arch) - outside))
+    share = attended / (2 * (active_params(arch) - outside))
+    return share * (_SLOWER_ON_CPU if platform == "cpu" else 1)

@@ -13,7 +13,7 @@ from grpo.model.arch import Arch
 from grpo.planning.chips import Chip
 
 _F32 = 4
-_BLOCK = 256  # queries whose attention scores exist at one time, of grpo.model
+_BLOCK = 128  # queries whose attention scores exist at one time, of grpo.model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ def saved_activations(
         "attn": N * H / split.tensor,
         "products": products,
         # Norms in float32, the gated product, and the attention weights of the half square.
-        "none": products + 4 * D + 2 * F / split.tensor + 3 * N * shape.tokens / 2 / split.tensor,
+        "none": products + 4 * D + 2 * F / split.tensor,
     }[remat]
     here = shape.rows / split.batch * shape.tokens
     return arch.num_layers * here * (D + kept) * width

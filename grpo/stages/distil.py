@@ -95,7 +95,7 @@ def distil(config: Config, workdir: str | Path, baseline: Config | None = None) 
         first = int(state.step)
         phase("reading the teacher, compiling")
         run.engine.compile(run.policy.for_decoding(state.params))
-        run.update.compile(state.params, run.empty_batch)
+        run.update.compile(run.empty_batch)
         return_free_pages()
         log = stack.enter_context(MetricLog(run.workdir, resume_step=first))
         texts = None

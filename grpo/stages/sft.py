@@ -24,7 +24,7 @@ from grpo.runtime import hosts
 from grpo.runtime.signals import StopSignal
 from grpo.runtime.watchdog import Watchdog
 from grpo.runtime.workdir import Workdir
-from grpo.sharding import batch_ways
+from grpo.sharding import batch_ways, platform_of
 from grpo.structs import TrainState
 from grpo.update import (
     Offload,
@@ -102,7 +102,7 @@ class SftStage:
             samples=sft.rows_per_step,
             microbatch_tokens=sft.microbatch_tokens,
             ways=batch_ways(policy.mesh),
-            attention_share=attention_share(policy.arch),
+            attention_share=attention_share(policy.arch, platform_of(policy.mesh)),
         )
         self.max_bad_updates = config.gates.max_bad_updates
         self.save_every, self.keep = config.log.save_every, config.log.keep_checkpoints
