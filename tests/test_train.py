@@ -369,7 +369,7 @@ def test_an_update_that_is_not_finite_is_skipped_kept_and_soon_ends_the_run(tmp_
     assert [path.name for path in kept] == ["step_000000", "step_000001"]
     with np.load(kept[0] / "batch.npz") as batch:
         assert np.isnan(batch["advantage_RC"]).any()
-        rows_of_microbatch, tokens = 4, 2 * 48 + 8  # two completions of full length share a prompt
+        rows_of_microbatch, tokens = 4, 48 + 8  # a completion of full length and its prompt
         assert batch["tokens_RT"].shape[0] % rows_of_microbatch == 0
         assert batch["tokens_RT"].shape[1] == tokens
     state = run(tiny(**changes), tmp_path)  # the cause is mended: it goes on from there
