@@ -6,17 +6,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_M_MMAP_THRESHOLD = -3  # of mallopt(3)
-_LARGE = 1 << 20  # bytes
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_LARGE, _KEPT = 1 << 25, 1 << 26  # bytes
 
 
 def return_large_blocks() -> None:
-    """From now on, blocks of 1 MiB or more go back to the system as soon as they are freed.
+    """From now on, blocks of 32 MiB or more go back to the system as soon as they are freed.
 
-    Left to itself glibc learns, from the first large array freed, to keep all up to 32 MiB: the
-    decode form of SmolLM2-135M then still takes 0.5 GiB while the update runs.
+    Smaller ones are kept for what asks next, up to 64 MiB at the end of a heap: matrix products ask
+    for room to pack their operands into, again and again, and pages that are new each time can take
+    as long as the products.
     """
     _glibc("mallopt", _M_MMAP_THRESHOLD, _LARGE)
+    _glibc("mallopt", _M_TRIM_THRESHOLD, _KEPT)
 
 
 def return_free_pages() -> None:
