@@ -7,7 +7,7 @@ BIN = .venv/bin
 
 # A few minutes of GRPO on any CPU: a tiny model learns from random weights.
 demo: .venv/base.stamp
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m grpo.launch --config=experiments/tiny.py --workdir=runs/demo
+	$(BIN)/python -m grpo.launch --config=experiments/tiny.py --workdir=runs/demo
 
 # What a change must pass.
 test: .venv/test.stamp bubblewrap

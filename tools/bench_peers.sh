@@ -148,7 +148,6 @@ done
 mkdir -p "$out"
 : >"$out/records.jsonl"
 export HF_HUB_OFFLINE=1 PYTHONPATH=.
-export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 # large pages, for all of them
 trap 'exit 130' INT # otherwise Ctrl-C ends one run, and the next one starts
 for workload in "${workloads[@]}"; do
   for ((round = 1; round <= rounds; round++)); do
