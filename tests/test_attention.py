@@ -72,7 +72,12 @@ def test_blockwise_attention_is_attention(monkeypatch, T, window, score_cap):
     groups_RT = jnp.asarray([[1] * (T - 2) + [0] * 2, [1] * 6 + [2] * (T - 6)])
     branches_RT = jnp.zeros((2, T), jnp.int32).at[:, 3:].set(1).at[:, 8:].set(2)
     positions_RT = jnp.where(branches_RT == 2, jnp.arange(T) - 5, jnp.arange(T))
-    tree = groups_RT, branches_RT, positions_RT, window
+    tree: dict[str, Any] = {
+        "groups_RT": groups_RT,
+        "branches_RT": branches_RT,
+        "positions_RT": positions_RT,
+        "window": window,
+    }
     monkeypatch.setattr(blockwise, "_BLOCK", 4)
 
     def whole(q, k, v):
@@ -86,7 +91,7 @@ def test_blockwise_attention_is_attention(monkeypatch, T, window, score_cap):
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
 
-    got = run(lambda *qkv: tree_attention(*qkv, *tree, score_cap))
+    got = run(partial(tree_attention, **tree, score_cap=score_cap))
     jax.tree.map(close, got, run(whole))
     assert all(np.abs(gradient).max() > 0.1 for gradient in got[1])
 
