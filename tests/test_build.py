@@ -107,10 +107,10 @@ def test_what_is_only_for_adapters_may_not_be_set_without_them(tmp_path):
 
 
 def test_rows_fit_the_budget_of_a_device_and_divide_over_the_mesh(tmp_path, capsys):
-    """Four ways of data: a row of two completions of 48 tokens and their prompt of 8 each."""
-    shape = RowShape(rows=4, tokens=104, completion_tokens=96)
+    """Four ways of data: a row of one completion of 48 tokens and its prompt of 8 each."""
+    shape = RowShape(rows=4, tokens=56, completion_tokens=48)
     assert built(tmp_path).schedule.row_shape == shape
-    assert "microbatches of 4 row(s) x 104 tokens" in capsys.readouterr().out
+    assert "microbatches of 4 row(s) x 56 tokens" in capsys.readouterr().out
 
 
 def test_minibatches_are_of_whole_groups(tmp_path):

@@ -8,7 +8,7 @@ import shutil
 import sys
 
 import pytest
-from absl import logging
+from absl import flags, logging
 from absl.testing import flagsaver
 
 from grpo.config import Config, ModelConfig, SftConfig
@@ -210,6 +210,11 @@ def command_line(monkeypatch, tmp_path):
     """Runs a command line in this process; what it ended with."""
     (tmp_path / "file.py").write_text(FILE)
     verbosity = logging.get_verbosity()
+    # Other commands that a test has imported may have flags of the same names.
+    named = ("config", "workdir", "stages", "dry_run", "topology")
+    others = {name: flags.FLAGS[name] for name in named if name in flags.FLAGS}
+    for name in others:
+        delattr(flags.FLAGS, name)
 
     def call(*arguments):
         line = [f"--config={tmp_path / 'file.py'}", f"--workdir={tmp_path / 'run'}", *arguments]
@@ -220,6 +225,8 @@ def command_line(monkeypatch, tmp_path):
 
     yield call
     logging.set_verbosity(verbosity)
+    for name, flag in others.items():
+        flags.FLAGS[name] = flag
 
 
 def test_the_command_runs_the_named_stages_or_tells_of_them(command_line, tmp_path, capsys):
