@@ -146,7 +146,7 @@ def batch_ways(mesh: Mesh) -> int:
 
 
 def platform_of(mesh: Mesh) -> str:
-    """ "cpu", "gpu", "tpu", as jax names what the mesh is made of."""
+    """What jax calls the devices of the mesh: "cpu", "gpu" or "tpu"."""
     return mesh.devices.flat[0].platform
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from toy_model import MAX_NEW, MAX_PROMPT, mesh_of, ragged_samples
+from toy_model import ARCH, MAX_NEW, MAX_PROMPT, mesh_of, ragged_samples
 
 from grpo.batch import (
     Packed,
@@ -18,6 +18,7 @@ from grpo.batch import (
     totals,
     unpack,
 )
+from grpo.model.params import attention_share
 from grpo.structs import Batch
 
 
@@ -204,6 +205,14 @@ def shape_of(**changes: float) -> RowShape:
 @pytest.mark.parametrize("max_prompt", [1, 50, 400])
 @pytest.mark.parametrize("microbatch_tokens", [1, 300, 5000])
 @pytest.mark.parametrize("ways", [1, 8])
+def test_what_attention_costs_beside_a_token():
+    """Of the toy: 2 layers of 4 heads of 4; matrices of 16 x (16 + 8 + 8 + 16 + 3 x 24), norms."""
+    a_layer = 16 * (16 + 8 + 8 + 16 + 3 * 24) + 2 * 16
+    operations = (4 * 4 * 4) / (2 * a_layer)
+    assert attention_share(ARCH, "tpu") == attention_share(ARCH, "gpu") == pytest.approx(operations)
+    assert attention_share(ARCH, "cpu") == pytest.approx(4 * operations)
+
+
 @pytest.mark.parametrize("attention_share", [0.0, 1e-5, 1e-1])
 def test_a_microbatch_keeps_to_its_budget_and_divides_over_the_mesh(
     max_prompt, microbatch_tokens, ways, attention_share

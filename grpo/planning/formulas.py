@@ -201,7 +201,7 @@ def saved_activations(
         "full": 0.0,
         "attn": N * H / split.tensor,
         "products": products,
-        # Norms in float32, the gated product, and the attention weights of the half square.
+        # Norms in float32 and the gated product.
         "none": products + 4 * D + 2 * F / split.tensor,
     }[remat]
     here = shape.rows / split.batch * shape.tokens
