@@ -202,9 +202,6 @@ def shape_of(**changes: float) -> RowShape:
     return row_shape(**(NUMBERS | changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("max_prompt", [1, 50, 400])
-@pytest.mark.parametrize("microbatch_tokens", [1, 300, 5000])
-@pytest.mark.parametrize("ways", [1, 8])
 def test_what_attention_costs_beside_a_token():
     """Of the toy: 2 layers of 4 heads of 4; matrices of 16 x (16 + 8 + 8 + 16 + 3 x 24), norms."""
     a_layer = 16 * (16 + 8 + 8 + 16 + 3 * 24) + 2 * 16
@@ -213,6 +210,9 @@ def test_what_attention_costs_beside_a_token():
     assert attention_share(ARCH, "cpu") == pytest.approx(4 * operations)
 
 
+@pytest.mark.parametrize("max_prompt", [1, 50, 400])
+@pytest.mark.parametrize("microbatch_tokens", [1, 300, 5000])
+@pytest.mark.parametrize("ways", [1, 8])
 @pytest.mark.parametrize("attention_share", [0.0, 1e-5, 1e-1])
 def test_a_microbatch_keeps_to_its_budget_and_divides_over_the_mesh(
     max_prompt, microbatch_tokens, ways, attention_share
