@@ -16,7 +16,8 @@ from grpo.loss import Maxima, Means
 from grpo.model.params import Params, ParamSpec, map_table
 from grpo.model.stack import Summed
 from grpo.policy import Logprobs, Policy
-from grpo.sharding import in_host_memory, propagated, replicated, specs_of
+from grpo.runtime.host_memory import return_free_pages
+from grpo.sharding import in_host_memory, platform_of, propagated, replicated, specs_of
 from grpo.structs import Batch, Program, Totals, TrainState
 
 
@@ -228,7 +229,7 @@ class Update:
     """(state, microbatches, totals) -> (state, metrics): one optimiser update.
 
     Three programs, whatever the number of microbatches: sums of nothing, one microbatch added to
-    them, the optimiser. All are dispatched without waiting.
+    them, the optimiser. All are dispatched without waiting, but on a CPU one after another.
 
     Args:
       policy: gives log-probs.
@@ -256,6 +257,9 @@ class Update:
         self._everywhere = everywhere = replicated(policy.mesh)
         sums = Sums(loss=everywhere, means=everywhere, maxima=everywhere, grads=state.params)
         self._base, self._base_like = policy.base, policy.base_like
+        # On a CPU a program allocates from the process's memory, and before its turn: what the
+        # rollout left free would stay, and several microbatches would have their arrays at a time.
+        self._shares_memory = platform_of(policy.mesh) == "cpu"
         parts: Any = {"logprobs": policy.logprobs, "objective": objective}
         nothing = propagated(partial(no_sums, **parts), specs_of(sums))
         self._nothing: Any = jax.jit(nothing, out_shardings=sums)
@@ -309,9 +313,13 @@ class Update:
         """Loss, metrics and gradients of a minibatch."""
         base = self._base()
         totals = Totals(*(np.float32(max(count, 1)) for count in totals))
+        if self._shares_memory:
+            return_free_pages()
         sums = self._nothing(params, base, microbatches[0], totals)
         for batch in microbatches:
             sums = self._add(sums, params, base, batch, totals)
+            if self._shares_memory:
+                jax.block_until_ready(sums)
         return sums
 
     def num_compiled(self) -> int:

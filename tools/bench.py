@@ -11,7 +11,7 @@ fixed (nothing stops early), geometric (random weights that stop with a constant
 
 The limit it is compared with is the time of the operations and bytes that the algorithm needs, each
 prompt computed once, at the speed of a large matrix product and of reading a large array, both
-measured first on this machine.
+measured on this machine right before each step: shared machines change their speed.
 """
 
 import argparse
@@ -331,7 +331,6 @@ def _prompts(args: argparse.Namespace, policy: Policy) -> list[list[int]]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Times `args.repeats` steps (or parts of steps) after one that compiles."""
-    speed = machine(args.dtype)
     bench = Bench(args)
     started = time.perf_counter()
     bench.engine.compile(bench.weights())
@@ -343,8 +342,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     compile_s = time.perf_counter() - started
     compiled = bench.engine.num_compiled() + bench.update.num_compiled()
     parts: dict[str, list[float]] = {"rollout_s": [], "update_s": [], "step_s": []}
-    tokens, rollout_limit, update_limit, occupancy, idle = [], [], [], [], []
+    tokens, rollout_limit, update_limit, occupancy, idle, speeds = [], [], [], [], [], []
     for number in range(1, args.repeats + 1):
+        speeds.append(machine(args.dtype))
         times = [time.perf_counter()]
         if args.part != "update":
             bench.rollout(number)
@@ -357,12 +357,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         parts["step_s"].append(times[2] - times[0])
         work = bench.work(number if args.part != "update" else 0)
         tokens.append(sum(map(sum, work.completions)))
-        rollout_limit.append(work.rollout_s(speed))
-        update_limit.append(work.update_s(speed))
+        rollout_limit.append(work.rollout_s(speeds[-1]))
+        update_limit.append(work.update_s(speeds[-1]))
         stats = bench.engine.stats
         occupancy.append(stats.tokens / max(stats.slot_steps, 1))
         idle.append(stats.idle_s / max(stats.seconds, 1e-9))
-    median = {name: statistics.median(values) for name, values in parts.items()}
+    speed = {name: statistics.median(s[name] for s in speeds) for name in speeds[0]}
     rate = {
         n: statistics.median(t / s for t, s in zip(tokens, v, strict=True) if s)
         for n, v in parts.items()
@@ -384,8 +384,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         **{name: [round(s, 3) for s in values] for name, values in parts.items()},
         "rollout_tok_s": round(rate.get("rollout_s", 0), 1),
         "step_tok_s": round(rate.get("step_s", 0), 1),
-        "rollout_of_limit": _share(statistics.median(rollout_limit), median["rollout_s"]),
-        "update_of_limit": _share(statistics.median(update_limit), median["update_s"]),
+        "rollout_of_limit": _share(rollout_limit, parts["rollout_s"]),
+        "update_of_limit": _share(update_limit, parts["update_s"]),
         "occupancy": round(statistics.median(occupancy), 3),
         "idle_share": round(statistics.median(idle), 3),
         "compile_s": round(compile_s, 1),
@@ -403,8 +403,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _share(limit: float, seconds: float) -> float:
-    return round(limit / seconds, 3) if seconds > 0.001 else 0.0
+def _share(limits: Sequence[float], seconds: Sequence[float]) -> float:
+    """The median of what each time is of its limit; 0 of a part that was not timed."""
+    shares = [limit / s for limit, s in zip(limits, seconds, strict=True) if s > 0.001]
+    return round(statistics.median(shares or [0.0]), 3)
 
 
 def _giga(speed: dict[str, float]) -> dict[str, float]:
@@ -433,8 +435,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="JSON lines with a 'question' each, for --lengths=real")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--remat", default="products")
-    parser.add_argument("--logprob_chunk", type=int, default=256)
-    parser.add_argument("--microbatch_tokens", type=int, default=2048)
+    parser.add_argument("--logprob_chunk", type=int, default=512)
+    parser.add_argument("--microbatch_tokens", type=int, default=1024)
     parser.add_argument("--slots", type=int, default=0, help="0: one a completion")
     parser.add_argument("--slots_per_prompt", type=int, default=0, help="0: the group; 1: unshared")
     parser.add_argument("--tail_slots", type=int, default=0)

@@ -1,11 +1,13 @@
 """Log-probabilities and entropy of chosen tokens, without ever holding [R, T, V]."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from grpo.model.arch import Arch
 from grpo.model.decoder import head, hidden_states
@@ -17,6 +19,7 @@ from grpo.structs import Batch, Comparison
 Pair = tuple[jax.Array, jax.Array]
 # (sampled tokens [R, c], logits [R, c, V] of each model) -> arrays [R, c]
 Measure = Callable[..., Any]
+_KEPT = "logit_norms"  # what `over_chunks` does not compute again
 
 
 class Outputs(NamedTuple):
@@ -80,11 +83,11 @@ def over_chunks(
       heads_DV: of each model.
       targets_RC: int32 ids.
       temperature: of all.
-      chunk: places at a time.
+      chunk: places at a time, at most.
       logit_caps: of each model.
     """
     R, C = targets_RC.shape
-    chunk = min(chunk, C)
+    chunk = math.ceil(C / math.ceil(C / chunk))  # of as many chunks, the shortest
     pad = -C % chunk
 
     def split(x_RC: jax.Array) -> jax.Array:
@@ -94,7 +97,9 @@ def over_chunks(
     def join(x_nRc: jax.Array) -> jax.Array:
         return jnp.moveaxis(x_nRc, 0, 1).reshape(R, -1)[:, :C]
 
-    @partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
+    kept = jax.checkpoint_policies.save_only_these_names(_KEPT)
+
+    @partial(jax.checkpoint, prevent_cse=False, policy=kept)
     def piece(
         heads_DV: Sequence[jax.Array], hidden_RcD: Sequence[jax.Array], targets_Rc: jax.Array
     ) -> Any:
@@ -109,26 +114,79 @@ def over_chunks(
     return jax.tree.map(join, jax.lax.scan(step, None, chunks)[1])
 
 
+@jax.custom_vjp
 def _logits(hidden_RcD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    weight = head_DV.astype(hidden_RcD.dtype)  # cast here: the gradient adds up in float32
+    """hidden @ head, float32: factors in the dtype of `hidden`, the gradient of `head` in its own.
+
+    The gradient is written with the narrow factor turned around, see `grpo.model.linear.linear`.
+    """
+    weight = head_DV.astype(hidden_RcD.dtype)
     logits_RcV = jnp.einsum("rcd,dv->rcv", hidden_RcD, weight, preferred_element_type=jnp.float32)
     return shard(logits_RcV, "batch", None, "vocab")
+
+
+def _logits_forward(hidden_RcD: jax.Array, head_DV: jax.Array) -> tuple[jax.Array, Pair]:
+    return _logits(hidden_RcD, head_DV), (hidden_RcD, head_DV)
+
+
+def _logits_backward(kept: Pair, d_logits_RcV: jax.Array) -> Pair:
+    hidden_RcD, head_DV = kept
+    dtype = hidden_RcD.dtype
+    d_logits_RcV = d_logits_RcV.astype(dtype)
+    d_hidden_RcD = jnp.einsum("rcv,dv->rcd", d_logits_RcV, head_DV.astype(dtype))
+    d_head_DV = jax.lax.dot_general(
+        hidden_RcD, d_logits_RcV, (((0, 1), (0, 1)), ((), ())), preferred_element_type=head_DV.dtype
+    )
+    return d_hidden_RcD, d_head_DV
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
 
 
 # ---- measures --------------------------------------------------------------------------------
 
 
+@jax.custom_vjp
 def logprob_and_entropy(targets_Rc: jax.Array, logits_RcV: jax.Array) -> Pair:
     """log pi(target) and the entropy of pi, float32 nats.
 
-    The target's logit is a masked sum, not a gather, so the vocabulary may stay sharded.
+    Forward and backward pass each take one exponential a logit. The target's logit is a masked
+    sum, not a gather, so the vocabulary may stay sharded.
     """
-    top_Rc1 = jax.lax.stop_gradient(logits_RcV.max(axis=-1, keepdims=True))
-    weight_RcV = jnp.exp(logits_RcV - top_Rc1)
-    total_Rc = weight_RcV.sum(axis=-1)
-    normaliser_Rc = jnp.log(total_Rc) + top_Rc1[..., 0]
-    entropy_Rc = normaliser_Rc - jnp.sum(weight_RcV * logits_RcV, axis=-1) / total_Rc
-    return _chosen(logits_RcV, targets_Rc) - normaliser_Rc, entropy_Rc
+    return _logprob_forward(targets_Rc, logits_RcV)[0]
+
+
+def _logprob_forward(
+    targets_Rc: jax.Array, logits_RcV: jax.Array
+) -> tuple[Pair, tuple[jax.Array, ...]]:
+    top_Rc1 = logits_RcV.max(axis=-1, keepdims=True)
+    below_RcV = logits_RcV - top_Rc1
+    weight_RcV = jnp.exp(below_RcV)
+    chosen_RcV = _is_chosen(targets_Rc, logits_RcV) * below_RcV
+    # One reduction of three arrays: XLA on a CPU would make the exponentials once for each sum.
+    total_Rc, weighted_Rc, chosen_Rc = jax.lax.reduce(
+        (weight_RcV, weight_RcV * below_RcV, chosen_RcV),
+        (jnp.float32(0),) * 3,
+        lambda some, more: tuple(map(jax.lax.add, some, more)),
+        dimensions=(2,),
+    )
+    log_total_Rc = jnp.log(total_Rc)
+    norm_Rc, entropy_Rc = checkpoint_name(
+        (top_Rc1[..., 0] + log_total_Rc, log_total_Rc - weighted_Rc / total_Rc), _KEPT
+    )
+    return (chosen_Rc - log_total_Rc, entropy_Rc), (targets_Rc, logits_RcV, norm_Rc, entropy_Rc)
+
+
+def _logprob_backward(kept: tuple[jax.Array, ...], d_out: Pair) -> tuple[None, jax.Array]:
+    targets_Rc, logits_RcV, norm_Rc, entropy_Rc = kept
+    d_logprob_Rc1, d_entropy_Rc1 = (d[..., None] for d in d_out)
+    logprob_RcV = logits_RcV - norm_Rc[..., None]
+    of_entropy_RcV = d_entropy_Rc1 * (logprob_RcV + entropy_Rc[..., None])
+    of_chosen_RcV = _is_chosen(targets_Rc, logits_RcV) * d_logprob_Rc1
+    return None, of_chosen_RcV - jnp.exp(logprob_RcV) * (d_logprob_Rc1 + of_entropy_RcV)
+
+
+logprob_and_entropy.defvjp(_logprob_forward, _logprob_backward)
 
 
 def comparison(
@@ -160,8 +218,13 @@ def comparison(
 
 
 def _chosen(values_RcV: jax.Array, ids_Rc: jax.Array) -> jax.Array:
-    ids_11V = jax.lax.broadcasted_iota(jnp.int32, (1, 1, values_RcV.shape[-1]), 2)
-    return jnp.sum(values_RcV, axis=-1, where=ids_11V == ids_Rc[..., None])
+    return jnp.sum(values_RcV, axis=-1, where=_is_chosen(ids_Rc, values_RcV))
+
+
+def _is_chosen(ids_Rc: jax.Array, like_RcV: jax.Array) -> jax.Array:
+    """bool [R, c, V]."""
+    ids_11V = jax.lax.broadcasted_iota(jnp.int32, (1, 1, like_RcV.shape[-1]), 2)
+    return ids_11V == ids_Rc[..., None]
 
 
 # ---- of a batch ------------------------------------------------------------------------------
