@@ -15,7 +15,6 @@ to DIR/budget/.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +29,7 @@ from grpo.engine.engine import Engine
 from grpo.measure.compute_curves import Curves, measure, write_curves
 from grpo.measure.forcing import BudgetSettings, Forcer
 from grpo.model.params import Params
+from grpo.runinfo import write_json
 from grpo.runtime import hosts
 from grpo.runtime.signals import StopSignal
 from grpo.runtime.watchdog import telling
@@ -73,8 +73,7 @@ def evaluate(
         if hosts.is_main():
             for name in sorted(metrics):
                 print(f"{name:28s} {metrics[name]:.4f}")
-            report = json.dumps({"step": step or 0, **metrics}, indent=2)
-            (workdir / "evaluation.json").write_text(report + "\n")
+            write_json(workdir / "evaluation.json", {"step": step or 0, **metrics})
         if forcer is not None:
             run.watchdog.phase("budgets")
             name = "initial" if step is None else "after"

@@ -25,6 +25,7 @@ from grpo.config import GatesConfig
 from grpo.data.tokenizer import Tokenizer
 from grpo.metrics import JsonlWriter
 from grpo.rollout import readable_rows
+from grpo.runinfo import write_json
 from grpo.runtime import hosts
 from grpo.structs import EOS, Rollout, Scores
 
@@ -517,7 +518,7 @@ def save_evidence(
         "alarms": [dataclasses.asdict(alarm) for alarm in alarms],
         "metrics": finite,
     }
-    (folder / "alarms.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "alarms.json", report)
     path = folder / "completions.jsonl"
     path.unlink(missing_ok=True)
     with JsonlWriter(path) as writer:

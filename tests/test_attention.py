@@ -12,6 +12,7 @@ import pytest
 from toy_model import ARCH, mesh_of
 
 from grpo.model import blockwise, splash
+from grpo.model.arch import queries_at_once
 from grpo.model.attention import attention, chosen_attention, tree_attention
 from grpo.model.masks import tree_mask
 
@@ -78,7 +79,7 @@ def test_blockwise_attention_is_attention(monkeypatch, T, window, score_cap):
         "positions_RT": positions_RT,
         "window": window,
     }
-    monkeypatch.setattr(blockwise, "_BLOCK", 4)
+    monkeypatch.setattr(blockwise, "queries_at_once", lambda T: 4)
 
     def whole(q, k, v):
         mask_RTT = tree_mask(groups_RT, branches_RT, 0, T, positions_RT, window)
@@ -94,6 +95,14 @@ def test_blockwise_attention_is_attention(monkeypatch, T, window, score_cap):
     got = run(partial(tree_attention, **tree, score_cap=score_cap))
     jax.tree.map(close, got, run(whole))
     assert all(np.abs(gradient).max() > 0.1 for gradient in got[1])
+
+
+@pytest.mark.parametrize("T, size, blocks", [(1, 128, 1), (4096, 128, 32), (32_768, 1024, 32)])
+def test_the_compiler_sees_no_more_than_32_blocks(T, size, blocks):
+    assert queries_at_once(T) == size and len(blockwise._blocks(T)) == blocks
+    for length in range(1, 20_000, 777):
+        ends = blockwise._blocks(length)
+        assert len(ends) <= 32 and (ends[0][0], ends[-1][1]) == (0, length)
 
 
 def test_the_weights_of_attention_are_not_kept():

@@ -85,6 +85,24 @@ def test_bfloat16_hidden_states_give_float32_results(inputs):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_bfloat16_hidden_states_give_the_head_a_float32_gradient(inputs):
+    """The sum over chunks, where most of a gradient would be lost, is not rounded."""
+    hidden_RCD, head_DV, targets_RC = inputs
+    low = hidden_RCD.astype(jnp.bfloat16)
+
+    def head_gradient(hidden_RCD, chunk):
+        def total(head_DV):
+            one = hidden_RCD, head_DV, targets_RC
+            return chunked_logprobs(*one, temperature=1.0, chunk=chunk)[0].sum()
+
+        return jax.jit(jax.grad(total))(head_DV)
+
+    got_DV, whole_DV = head_gradient(low, 1), head_gradient(low.astype(jnp.float32), C)
+    assert got_DV.dtype == jnp.float32
+    np.testing.assert_allclose(got_DV, whole_DV, atol=0.02 * float(abs(whole_DV).max()))
+    assert (got_DV.astype(jnp.bfloat16).astype(jnp.float32) != got_DV).mean() > 0.9
+
+
 def test_the_whole_logits_are_never_held():
     """Temporary memory of value and gradient, as compiled: less than one [R, C, V] array."""
     R, C, D, V = 4, 64, 8, 4096

@@ -18,7 +18,6 @@ from experiments.r1_zero_qwen2p5_1p5b import get_config as zero_1p5b
 from experiments.r1_zero_qwen2p5_7b import get_config as zero_7b
 from grpo.batch import RowShape
 from grpo.config import ModelConfig
-from grpo.model import blockwise
 from grpo.model.arch import Arch
 from grpo.model.params import num_params
 from grpo.plan import describe
@@ -49,11 +48,6 @@ def test_a_decode_step_takes_what_the_scaling_book_says(rows, milliseconds):
     )
     seconds = formulas.seconds(work, CHIPS["v5e"])
     assert seconds * 1e3 == pytest.approx(milliseconds, rel=0.03)
-
-
-def test_the_formulas_know_how_many_queries_attention_takes_at_a_time():
-    """They import no computation, so the number stands there again."""
-    assert formulas._BLOCK == blockwise._BLOCK
 
 
 def test_what_a_decode_step_waits_for():

@@ -7,7 +7,6 @@ included.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,6 +22,7 @@ from grpo.measure.held_out import Evaluator, majority_values, pass_values, tries
 from grpo.metrics import JsonlWriter
 from grpo.model.params import Params
 from grpo.rollout import judge, readable_rows
+from grpo.runinfo import write_json
 from grpo.runtime import hosts
 from grpo.structs import Rollout, Scores
 from rewards.api import Score
@@ -163,7 +163,7 @@ def write_curves(workdir: Path, models: Mapping[str, Curves], forcer: Forcer, st
             for model, curves in models.items()
         },
     }
-    (workdir / "budget.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(workdir / "budget.json", report)
     draw_curves(workdir / "budget.png", models)
     print(workdir / "budget.png")
 

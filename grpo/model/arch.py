@@ -1,6 +1,7 @@
 """What a decoder looks like: the numbers that fix every shape, and nothing else."""
 
 import dataclasses
+import math
 
 from grpo.model.rope import Scaling
 
@@ -239,3 +240,11 @@ class Arch:
             )
         if self.qkv_bias or self.qk_norm or self.score_cap is not None:
             raise ValueError("latent attention has no qkv_bias, qk_norm or score_cap")
+
+
+def queries_at_once(T: int) -> int:
+    """Queries of a row of T slots whose attention scores exist at one time, but for kernels.
+
+    128; more where there would be over 32 such blocks, each of which the compiler sees.
+    """
+    return 128 * math.ceil(T / (128 * 32))

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from grpo.model.arch import queries_at_once
 from grpo.model.masks import capped, tree_mask
 
-_BLOCK = 128  # queries whose scores exist at one time
 _LOW = float(jnp.finfo(jnp.float32).min)
 
 
@@ -112,7 +112,8 @@ blockwise_attention.defvjp(_forward, _backward)
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _BLOCK, T)) for start in range(0, T, _BLOCK)]
+    size = queries_at_once(T)
+    return [(start, min(start + size, T)) for start in range(0, T, size)]
 
 
 def _scaled(q_RqNH: jax.Array) -> jax.Array:

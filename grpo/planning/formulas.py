@@ -9,11 +9,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from grpo.batch import RowShape
-from grpo.model.arch import Arch
+from grpo.model.arch import Arch, queries_at_once
 from grpo.planning.chips import Chip
 
 _F32 = 4
-_BLOCK = 128  # queries whose attention scores exist at one time, of grpo.model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +212,8 @@ def update_workspace(arch: Arch, split: Split, shape: RowShape, *, width: int, c
     here = shape.rows / split.batch
     layer = layer_params(arch) / arch.num_layers / split.tensor * (width + _F32)
     head = head_params(arch) / split.tensor * (width + _F32)
-    scores = here * arch.num_heads / split.tensor * _BLOCK * shape.tokens * 3 * _F32
+    block = queries_at_once(shape.tokens) * shape.tokens
+    scores = here * arch.num_heads / split.tensor * block * 3 * _F32
     wide = here * shape.tokens * (3 * arch.mlp_width / split.tensor + 4 * arch.width) * width
     logits = here * min(chunk, shape.completion_tokens) * arch.vocab_size / split.tensor * 3 * _F32
     return 2 * layer + head + max(scores, wide, logits)
