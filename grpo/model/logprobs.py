@@ -13,13 +13,14 @@ from grpo.model.arch import Arch
 from grpo.model.decoder import head, hidden_states
 from grpo.model.masks import capped
 from grpo.model.params import Params
-from grpo.sharding import propagated, shard, spec
+from grpo.sharding import TRAIN_RULES, propagated, shard, spec
 from grpo.structs import Batch, Comparison
 
 Pair = tuple[jax.Array, jax.Array]
 # (sampled tokens [R, c], logits [R, c, V] of each model) -> arrays [R, c]
 Measure = Callable[..., Any]
 _KEPT = "logit_norms"  # what `over_chunks` does not compute again
+_BLOCK = 128  # entries of the vocabulary that are added up first
 
 
 class Outputs(NamedTuple):
@@ -134,8 +135,13 @@ def _logits_backward(kept: Pair, d_logits_RcV: jax.Array) -> Pair:
     dtype = hidden_RcD.dtype
     d_logits_RcV = d_logits_RcV.astype(dtype)
     d_hidden_RcD = jnp.einsum("rcv,dv->rcd", d_logits_RcV, head_DV.astype(dtype))
-    d_head_DV = jax.lax.dot_general(
-        hidden_RcD, d_logits_RcV, (((0, 1), (0, 1)), ((), ())), preferred_element_type=head_DV.dtype
+    rows, wide = (((0, 1), (0, 1)), ((), ())), head_DV.dtype
+    product = partial(jax.lax.dot_general, dimension_numbers=rows, preferred_element_type=wide)
+    d_head_DV = jax.lax.platform_dependent(
+        hidden_RcD,
+        d_logits_RcV,
+        cpu=lambda *both: product(*(x.astype(wide) for x in both)),  # knows no bf16 x bf16 = f32
+        default=product,
     )
     return d_hidden_RcD, d_head_DV
 
@@ -163,13 +169,7 @@ def _logprob_forward(
     below_RcV = logits_RcV - top_Rc1
     weight_RcV = jnp.exp(below_RcV)
     chosen_RcV = _is_chosen(targets_Rc, logits_RcV) * below_RcV
-    # One reduction of three arrays: XLA on a CPU would make the exponentials once for each sum.
-    total_Rc, weighted_Rc, chosen_Rc = jax.lax.reduce(
-        (weight_RcV, weight_RcV * below_RcV, chosen_RcV),
-        (jnp.float32(0),) * 3,
-        lambda some, more: tuple(map(jax.lax.add, some, more)),
-        dimensions=(2,),
-    )
+    total_Rc, weighted_Rc, chosen_Rc = _sums(weight_RcV, weight_RcV * below_RcV, chosen_RcV)
     log_total_Rc = jnp.log(total_Rc)
     norm_Rc, entropy_Rc = checkpoint_name(
         (top_Rc1[..., 0] + log_total_Rc, log_total_Rc - weighted_Rc / total_Rc), _KEPT
@@ -187,6 +187,27 @@ def _logprob_backward(kept: tuple[jax.Array, ...], d_out: Pair) -> tuple[None, j
 
 
 logprob_and_entropy.defvjp(_logprob_forward, _logprob_backward)
+
+
+def _sums(*arrays_RcV: jax.Array) -> list[jax.Array]:
+    """[R, c] of each array, in one reduction of all of them where the vocabulary is not split.
+
+    XLA on a CPU would make the exponentials once for each sum. It also adds one number after
+    another, which loses digits over a whole vocabulary: blocks first.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.shape[str(TRAIN_RULES["vocab"])] > 1:
+        return [x_RcV.sum(axis=-1) for x_RcV in arrays_RcV]
+    R, c, V = arrays_RcV[0].shape
+    pad = (0, 0), (0, 0), (0, -V % _BLOCK)
+    blocks_Rcnb = [jnp.pad(x_RcV, pad).reshape(R, c, -1, _BLOCK) for x_RcV in arrays_RcV]
+    of_blocks = jax.lax.reduce(
+        blocks_Rcnb,
+        [jnp.float32(0)] * len(blocks_Rcnb),
+        lambda some, more: [a + b for a, b in zip(some, more, strict=True)],
+        dimensions=(3,),
+    )
+    return [x_Rcn.sum(axis=-1) for x_Rcn in of_blocks]
 
 
 def comparison(
