@@ -103,6 +103,35 @@ def test_bfloat16_hidden_states_give_the_head_a_float32_gradient(inputs):
     assert (got_DV.astype(jnp.bfloat16).astype(jnp.float32) != got_DV).mean() > 0.9
 
 
+def test_a_long_row_keeps_its_digits():
+    """A vocabulary of 50,000, added up one number after another, would be off by 1e-4."""
+    rng = np.random.default_rng(0)
+    logits_RcV = rng.normal(size=(1, 4, 50_001)).astype(np.float32) * 3
+    targets_Rc = np.asarray([[0, 128, 49_999, 50_000]])
+    got = jax.jit(logprob_and_entropy)(targets_Rc, logits_RcV)
+    exact_RcV = logits_RcV.astype(np.float64)
+    exact_RcV -= np.log(np.exp(exact_RcV).sum(-1, keepdims=True))
+    np.testing.assert_allclose(got[0][0], exact_RcV[0, range(4), targets_Rc[0]], atol=1e-5)
+    np.testing.assert_allclose(got[1], -(np.exp(exact_RcV) * exact_RcV).sum(-1), atol=1e-5)
+
+
+def test_bfloat16_gradients_are_near_those_of_float32():
+    rng = np.random.default_rng(0)
+    hidden_RCD = jnp.asarray(rng.normal(size=(2, 64, 32)), jnp.bfloat16)
+    head_DV = jnp.asarray(rng.normal(size=(32, 256)), jnp.float32)
+    targets_RC = jnp.asarray(rng.integers(0, 256, (2, 64)), jnp.int32)
+
+    def total(hidden_RCD, head_DV):
+        one = hidden_RCD, head_DV, targets_RC
+        return chunked_logprobs(*one, temperature=1.0, chunk=32)[0].sum()
+
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1)))
+    exact = gradients(hidden_RCD.astype(jnp.float32), head_DV)
+    for got, whole in zip(gradients(hidden_RCD, head_DV), exact, strict=True):
+        error = np.abs(np.asarray(got, np.float32) - whole).max()
+        assert error < 0.03 * np.abs(whole).max()
+
+
 def test_the_whole_logits_are_never_held():
     """Temporary memory of value and gradient, as compiled: less than one [R, C, V] array."""
     R, C, D, V = 4, 64, 8, 4096

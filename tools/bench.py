@@ -344,6 +344,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     parts: dict[str, list[float]] = {"rollout_s": [], "update_s": [], "step_s": []}
     tokens, rollout_limit, update_limit, occupancy, idle, speeds = [], [], [], [], [], []
     for number in range(1, args.repeats + 1):
+        return_free_pages()  # else the arrays of the next line would be the peak of memory
         speeds.append(machine(args.dtype))
         times = [time.perf_counter()]
         if args.part != "update":
