@@ -180,4 +180,4 @@ def sample_token(
         token_B, chosen_B = jnp.argmax(scaled_BV, axis=-1).astype(jnp.int32), top_B
     else:
         token_B, chosen_B = _draw(weight_BV, scaled_BV, uniform_B)
-    return token_B, chosen_B - top_B - jnp.log(weight_BV.sum(axis=-1))
+    return token_B, chosen_B - (top_B + jnp.log(weight_BV.sum(axis=-1)))
